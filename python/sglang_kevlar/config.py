@@ -1,0 +1,213 @@
+"""Our own command-line flags: one table, parsed and validated once.
+
+Nothing here imports sglang before it is needed: the launcher stays light, and SGLang's flags are parsed by
+SGLang itself, in ``launcher.prepare``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import msgspec
+
+from sglang_kevlar.protocol.launch import KevlarArgs
+
+GROUP_TITLE = "SGLang-Kevlar"
+PROG = "python -m sglang_kevlar.launch_server"
+
+
+class _Flag(msgspec.Struct, frozen=True):
+    help: str
+    #: error text when the value is out of range, None when it is fine
+    check: Callable[[Any], str | None]
+
+
+def _at_least(minimum: int) -> Callable[[Any], str | None]:
+    return lambda value: None if value >= minimum else f"must be at least {minimum}, got {value}"
+
+
+def _positive(value: float) -> str | None:
+    return None if 0 < value < float("inf") else f"must be a positive number of seconds, got {value}"
+
+
+def _not_negative(value: float) -> str | None:
+    return None if 0 <= value < float("inf") else f"must be a number of seconds and not negative, got {value}"
+
+
+def _usable_run_dir(value: str | None) -> str | None:
+    # Unix sockets are limited to 107 characters; the longest name in the directory takes about 30 of them.
+    if value is None:
+        return None
+    if not value:
+        return "must not be empty"
+    length = len(os.path.abspath(value))
+    return f"its absolute path is {length} characters long, at most 70 are possible" if length > 70 else None
+
+
+_FLAGS: dict[str, _Flag] = {
+    "worker_groups": _Flag(
+        "Worker groups (model replicas) on this host, all included. 1: nothing to fail over to, "
+        "but a dead group is restarted and the server goes on.",
+        _at_least(1),
+    ),
+    "standby_groups": _Flag(
+        "How many of the worker groups are kept free as standbys. 0: all groups serve.", _at_least(0)
+    ),
+    "run_dir": _Flag(
+        "Private directory for sockets and state; removed at the end. Default: a new one under "
+        "the temporary directory.",
+        _usable_run_dir,
+    ),
+    "stop_grace": _Flag("A process stopped (SIGSTOP) for this many seconds makes its group down.", _positive),
+    "hang_timeout": _Flag(
+        "A group is down when one forward step takes longer than this many seconds plus --hang-per-ktoken for "
+        "every 1000 tokens of its batch.",
+        _positive,
+    ),
+    "hang_per_ktoken": _Flag("Seconds added to --hang-timeout for every 1000 tokens of a batch.", _not_negative),
+    "start_timeout": _Flag("A group that is not ready after this many seconds is started again.", _positive),
+    "hold_timeout": _Flag(
+        "With no group to run on, a request waits this many seconds, then ends with an error.", _not_negative
+    ),
+    "hold_queue": _Flag("How many requests may wait for a group at once. 0: none waits.", _at_least(0)),
+    "max_redirects": _Flag("How often one request may be moved to another group.", _at_least(0)),
+    "poison_deaths": _Flag(
+        "Refuse a request under which this many groups died with no token delivered in between.", _at_least(1)
+    ),
+    "error_budget": _Flag("Internal errors of one group within --error-window that make it down.", _at_least(1)),
+    "error_window": _Flag("Seconds over which --error-budget counts.", _positive),
+    "restart_backoff": _Flag(
+        "Seconds before the first restart of a dead group; doubled at every further failure.", _not_negative
+    ),
+    "restart_backoff_max": _Flag("Longest wait between two restarts, in seconds.", _not_negative),
+    "control_timeout": _Flag(
+        "Deadline in seconds of a control request (flush, weight update, LoRA load, ...) in every group.", _positive
+    ),
+    "journal_interval": _Flag(
+        "Tokens between two journal entries of a request that does not stream. More recompute less often, "
+        "and lose more at a failover.",
+        _at_least(1),
+    ),
+}
+
+
+def _option(field: str) -> str:
+    return "--" + field.replace("_", "-")
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add our flags to ``parser`` under a heading of their own, defaults from ``KevlarArgs``."""
+    group = parser.add_argument_group(GROUP_TITLE, "Worker groups and failover.")
+    for field in msgspec.structs.fields(KevlarArgs):
+        flag = _FLAGS[field.name]
+        kind = str if field.default is None else type(field.default)
+        shown = "" if field.default is None else f" Default: {field.default:g}."
+        group.add_argument(
+            _option(field.name),
+            type=kind,
+            default=field.default,
+            metavar={int: "N", float: "SECONDS", str: "PATH"}[kind],
+            help=flag.help + shown,
+        )
+    group.add_argument(
+        "--stock",
+        action="store_true",
+        help="Run SGLang's own server with the remaining flags and nothing of SGLang-Kevlar.",
+    )
+
+
+def _own_options() -> dict[str, bool]:
+    """Option string -> takes a value."""
+    return {_option(field): True for field in KevlarArgs.__struct_fields__} | {"--stock": False}
+
+
+def _separate(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split ``argv`` into (ours, theirs) by exact option names.
+
+    argparse's own ``parse_known_args`` would drop a ``--`` and guess at values of options it does not know.
+    """
+    options = _own_options()
+    ours: list[str] = []
+    theirs: list[str] = []
+    index = 0
+    while index < len(argv):
+        token = argv[index]
+        if token == "--":
+            theirs += argv[index:]
+            break
+        takes_value = options.get(token.partition("=")[0])
+        if takes_value is None:
+            theirs.append(token)
+        else:
+            ours.append(token)
+            if takes_value and "=" not in token and index + 1 < len(argv):
+                index += 1
+                ours.append(argv[index])
+        index += 1
+    return ours, theirs
+
+
+def split_args(argv: Sequence[str]) -> tuple[KevlarArgs, list[str]]:
+    """Our flags, validated, and the rest, which is SGLang's, in its order.
+
+    ``-h``/``--help`` prints both and exits 0; ``--stock`` becomes SGLang's own server and does not return;
+    a bad value of ours exits 2 with a message that names the flag, as argparse does.
+    """
+    ours, theirs = _separate(argv)
+    if any(token in ("-h", "--help") for token in theirs):
+        print_help()
+        raise SystemExit(0)
+    parser = argparse.ArgumentParser(prog=PROG, add_help=False, allow_abbrev=False, usage=f"{PROG} [flags]")
+    add_flags(parser)
+    values = vars(parser.parse_args(ours))
+    if values.pop("stock"):
+        _become_stock(theirs)
+    args = KevlarArgs(**values)
+    if problem := _problem(args):
+        parser.error(problem)
+    return args, theirs
+
+
+def _problem(args: KevlarArgs) -> str | None:
+    for field, flag in _FLAGS.items():
+        value = getattr(args, field)
+        if message := flag.check(value):
+            return f"argument {_option(field)}: {message}"
+    if args.standby_groups >= args.worker_groups:
+        return (
+            f"argument --standby-groups: must be less than --worker-groups ({args.worker_groups}), "
+            f"got {args.standby_groups}: at least one group has to serve"
+        )
+    if args.restart_backoff_max < args.restart_backoff:
+        return (
+            f"argument --restart-backoff-max: must not be less than --restart-backoff "
+            f"({args.restart_backoff:g}), got {args.restart_backoff_max:g}"
+        )
+    return None
+
+
+def print_help() -> None:
+    """SGLang's complete help with our flags under their own heading (imports sglang)."""
+    from sglang_kevlar.platform import torchvision_shim
+
+    torchvision_shim.install()
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.server_args import ServerArgs
+
+    load_plugins()
+    # Two parsers, so that ours is not below the 2,000 lines of SGLang's.
+    ours = argparse.ArgumentParser(add_help=False, usage=f"{PROG} --model-path MODEL [flags]")
+    add_flags(ours)
+    theirs = argparse.ArgumentParser(usage=argparse.SUPPRESS)
+    ServerArgs.add_cli_args(theirs)
+    print(ours.format_help() + "\nSGLang\n" + theirs.format_help(), end="")
+
+
+def _become_stock(argv: list[str]) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(sys.executable, [sys.executable, "-m", "sglang_kevlar.stock", *argv])

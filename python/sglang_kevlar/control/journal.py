@@ -1,0 +1,213 @@
+"""The journal: what every request is, what its client was already given, and which attempt may add to it.
+
+The journal is the truth; KV is a cache of it. A request is in exactly one of these places:
+
+    held        accepted, not on any group (none is ready, or capacity was lost)
+    attempt     on one incarnation of one group, under a wire id nobody else has
+
+An attempt ends by `fence` (its group was lost) or with the request. After that its wire id is unknown, so
+nothing that still arrives under it can add a token, whatever path it took.
+"""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field
+from typing import Literal
+
+from sglang_kevlar.protocol.launch import KevlarArgs
+from sglang_kevlar.protocol.resume import ResumeState
+
+#: Separates the request id from the attempt in a wire id. Wire ids are parsed by nobody: they are looked up.
+WIRE_SEPARATOR = "~"
+
+#: at most this many of a request's future tokens are counted as load: most requests end before their limit
+RESERVE_NEW_TOKENS = 512
+
+RefusalKind = Literal["poison", "redirect_limit", "not_continuable", "weights"]
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One try of a request on one incarnation of one group."""
+
+    wire_rid: str
+    group: int
+    epoch: int
+    #: KV tokens counted against the group while it runs there
+    reserved_tokens: int
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a request cannot go on. ``message`` goes to the client and names the request."""
+
+    kind: RefusalKind
+    message: str
+
+
+@dataclass
+class Entry:
+    """A request in flight. ``delivered`` is every token given to the client's side so far, in order."""
+
+    rid: str
+    prompt_tokens: int
+    #: new tokens it may still ask for, clipped (see RESERVE_NEW_TOKENS)
+    max_new_tokens: int
+    #: counter of weight updates when it was sent to the group that made its first token (see Journal.weights)
+    weights: int
+    #: why this request cannot be continued once a token was delivered; None when it can
+    not_continuable: str | None = None
+    delivered: array[int] = field(default_factory=lambda: array("q"))
+    attempt: Attempt | None = None
+    #: the group of this attempt has begun to run it; before that it only waits there
+    started: bool = False
+    redirects: int = 0
+    #: tokens computed again because of redirects, as the group that resumed reported them
+    recomputed_tokens: int = 0
+    cached_tokens: int = 0
+    input_logprobs_sent: bool = False
+    #: groups that died while they ran this request, since its last delivered token
+    deaths_without_progress: list[int] = field(default_factory=list)
+
+    @property
+    def context_tokens(self) -> int:
+        return self.prompt_tokens + len(self.delivered)
+
+    @property
+    def reserved_tokens(self) -> int:
+        remaining = self.max_new_tokens - len(self.delivered)
+        return self.context_tokens + max(0, min(remaining, RESERVE_NEW_TOKENS))
+
+    def resume_state(self) -> ResumeState | None:
+        """State to continue from, or None when nothing was delivered and the request simply runs again."""
+        if not self.delivered:
+            return None
+        return ResumeState(
+            output_ids=self.delivered.tolist(),
+            cached_tokens=self.cached_tokens,
+            input_logprobs_sent=self.input_logprobs_sent,
+        )
+
+
+class Journal:
+    """All requests in flight, by request id, and their attempts, by wire id.
+
+    ``incarnation`` tells the attempts of this frontend from those of one that died, whose tokens a group may
+    still be producing.
+    """
+
+    def __init__(self, args: KevlarArgs, incarnation: str) -> None:
+        self._args = args
+        self._incarnation = incarnation
+        self._next_attempt = 0
+        self._entries: dict[str, Entry] = {}
+        self._by_wire: dict[str, Entry] = {}
+        #: bumped by every weight update; entries never continue across a bump
+        self.weights = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, rid: str) -> Entry | None:
+        return self._entries.get(rid)
+
+    def open(self, rid: str, prompt_tokens: int, max_new_tokens: int, not_continuable: str | None = None) -> Entry:
+        assert rid not in self._entries, f"request {rid} is already open"
+        entry = Entry(rid, prompt_tokens, max_new_tokens, weights=self.weights, not_continuable=not_continuable)
+        self._entries[rid] = entry
+        return entry
+
+    def begin_attempt(self, entry: Entry, group: int, epoch: int) -> Attempt:
+        """The request goes to ``(group, epoch)``. It must not be anywhere else."""
+        assert self._entries.get(entry.rid) is entry, f"request {entry.rid} is not open"
+        assert entry.attempt is None, f"request {entry.rid} already runs on group {entry.attempt}"
+        self._next_attempt += 1
+        # Terminated: upstream aborts by prefix, and attempt 1 must not take attempt 12 with it.
+        wire_rid = f"{entry.rid}{WIRE_SEPARATOR}{self._incarnation}.{self._next_attempt};"
+        entry.started = False
+        entry.attempt = Attempt(wire_rid, group, epoch, entry.reserved_tokens)
+        if not entry.delivered:
+            entry.weights = self.weights
+        self._by_wire[wire_rid] = entry
+        return entry.attempt
+
+    def accept(self, wire_rid: str, group: int, epoch: int) -> Entry | None:
+        """The request a message of ``(group, epoch)`` belongs to, or None when that attempt was fenced."""
+        entry = self._by_wire.get(wire_rid)
+        if entry is None:
+            return None
+        attempt = entry.attempt
+        assert attempt is not None and attempt.wire_rid == wire_rid
+        if (attempt.group, attempt.epoch) != (group, epoch):
+            return None
+        return entry
+
+    def deliver(self, entry: Entry, tokens: list[int] | array[int]) -> None:
+        """``tokens`` are given to the client's side. Progress clears the suspicion of `deaths_without_progress`."""
+        assert entry.attempt is not None, f"token for request {entry.rid}, which runs nowhere"
+        if len(tokens):
+            entry.started = True
+            entry.delivered.extend(tokens)
+            entry.deaths_without_progress.clear()
+
+    def close(self, rid: str) -> Entry | None:
+        """The request ended, however. None when it was not open (a second end of the same request)."""
+        entry = self._entries.pop(rid, None)
+        if entry is not None:
+            self._end_attempt(entry)
+        return entry
+
+    def fence(self, group: int, epoch: int, planned: bool = False) -> list[Entry]:
+        """End every attempt on ``(group, epoch)``. Returns their requests, longest context first.
+
+        That order loses the least when there is not room for all: the longest cost most to compute again.
+        Only those it had begun to run are suspected of its death, and none when that was ``planned`` (drain, restart
+        by an operator).
+        """
+        lost = [
+            entry
+            for entry in self._by_wire.values()
+            if entry.attempt is not None and (entry.attempt.group, entry.attempt.epoch) == (group, epoch)
+        ]
+        for entry in lost:
+            self._end_attempt(entry)
+            entry.redirects += 1
+            if entry.started and not planned:
+                entry.deaths_without_progress.append(group)
+        lost.sort(key=lambda entry: entry.context_tokens, reverse=True)
+        return lost
+
+    def refusal(self, entry: Entry) -> Refusal | None:
+        """Why ``entry``, just fenced, must not run again; None when it may."""
+        args = self._args
+        rid, deaths = entry.rid, entry.deaths_without_progress
+        if len(deaths) >= args.poison_deaths:
+            groups = ", ".join(str(group) for group in deaths)
+            return Refusal(
+                "poison",
+                f"request {rid}: worker groups {groups} died one after the other while running it, with no token "
+                f"delivered in between; it is not given to another group",
+            )
+        if entry.redirects > args.max_redirects:
+            return Refusal("redirect_limit", f"request {rid}: moved {args.max_redirects} times, the limit")
+        if entry.delivered and entry.not_continuable is not None:
+            return Refusal("not_continuable", f"request {rid}: its worker group was lost and {entry.not_continuable}")
+        if entry.delivered and entry.weights != self.weights:
+            return Refusal(
+                "weights", f"request {rid}: its worker group was lost, and its model weights are no longer served"
+            )
+        return None
+
+    def _end_attempt(self, entry: Entry) -> None:
+        if entry.attempt is not None:
+            del self._by_wire[entry.attempt.wire_rid]
+            entry.attempt = None
+
+    def check(self) -> None:
+        """Assert the invariants that hold between any two calls (for tests and the simulation)."""
+        for wire_rid, entry in self._by_wire.items():
+            assert entry.attempt is not None and entry.attempt.wire_rid == wire_rid
+            assert self._entries.get(entry.rid) is entry
+        running = sum(entry.attempt is not None for entry in self._entries.values())
+        assert running == len(self._by_wire)

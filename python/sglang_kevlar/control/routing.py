@@ -1,0 +1,119 @@
+"""Which group gets a request: the one that has its prefix cached, unless it is much busier than another.
+
+The router remembers which blocks of prompt tokens it sent where. That is a guess at the groups' radix trees, good
+enough to choose by and bounded; the trees themselves stay the judges of what is a hit.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+#: prompt tokens per remembered block
+BLOCK = 64
+#: blocks remembered per group, oldest forgotten first
+BLOCKS_PER_GROUP = 32_768
+#: a cached prefix is followed only while its group is at most this much busier than the least busy one,
+#: in requests and as a factor (the thresholds of SGLang's own cache-aware router, for as many groups as a host has)
+IMBALANCE_REQUESTS = 16
+IMBALANCE_FACTOR = 1.5
+
+
+@dataclass
+class GroupLoad:
+    """What is in flight on one group, counted by the frontend itself: it is never stale."""
+
+    epoch: int
+    #: KV tokens the group can hold (upstream's max_total_num_tokens)
+    capacity_tokens: int
+    requests: int = 0
+    tokens: int = 0
+    blocks: OrderedDict[int, None] = field(default_factory=OrderedDict)
+
+
+class Router:
+    """Chooses among the groups that serve. Groups are added when ready and removed when lost or drained."""
+
+    def __init__(self) -> None:
+        self.groups: dict[int, GroupLoad] = {}
+
+    def add(self, group: int, epoch: int, capacity_tokens: int) -> None:
+        assert group not in self.groups, f"group {group} already serves"
+        self.groups[group] = GroupLoad(epoch, capacity_tokens)
+
+    def remove(self, group: int) -> None:
+        self.groups.pop(group, None)
+
+    def choose(self, prompt: array[int] | list[int], namespace: str = "", spread: bool = False) -> int | None:
+        """The group for ``prompt``, or None when none serves.
+
+        ``namespace`` keeps apart what the radix trees keep apart (LoRA, extra_key, cache_salt).
+        ``spread`` ignores prefixes: redirected requests go to whoever is least busy, so that a lost group's
+        requests land on all survivors and not on one.
+        """
+        if not self.groups:
+            return None
+        least = min(self.groups, key=lambda group: self._busy(group))
+        if spread or len(self.groups) == 1:
+            return least
+        hashes = block_hashes(prompt, namespace)
+        best, matched = least, 0
+        for group, load in self.groups.items():
+            hits = 0
+            for block in hashes:
+                if block not in load.blocks:
+                    break
+                hits += 1
+            if hits > matched:
+                best, matched = group, hits
+        if best != least and self._much_busier(best, least):
+            return least
+        return best
+
+    def started(self, group: int, tokens: int, prompt: array[int] | list[int], namespace: str = "") -> None:
+        load = self.groups[group]
+        load.requests += 1
+        load.tokens += tokens
+        for block in block_hashes(prompt, namespace):
+            load.blocks.pop(block, None)
+            load.blocks[block] = None
+        while len(load.blocks) > BLOCKS_PER_GROUP:
+            load.blocks.popitem(last=False)
+
+    def finished(self, group: int, epoch: int, tokens: int) -> None:
+        """The counterpart of `started`; of a group that is gone, or came back as another epoch, nothing is left."""
+        load = self.groups.get(group)
+        if load is None or load.epoch != epoch:
+            return
+        load.requests -= 1
+        load.tokens -= tokens
+        assert load.requests >= 0 and load.tokens >= 0, f"load of group {group} below zero"
+
+    def forget_prefixes(self) -> None:
+        """The caches were flushed."""
+        for load in self.groups.values():
+            load.blocks.clear()
+
+    def has_room(self, tokens: int) -> bool:
+        """Whether some group can hold ``tokens`` more without evicting what it is running."""
+        return any(load.tokens + tokens <= load.capacity_tokens for load in self.groups.values())
+
+    def _busy(self, group: int) -> tuple[int, int, int]:
+        load = self.groups[group]
+        return (load.tokens, load.requests, group)
+
+    def _much_busier(self, group: int, least: int) -> bool:
+        busy, idle = self.groups[group].requests, self.groups[least].requests
+        return busy - idle > IMBALANCE_REQUESTS and busy > IMBALANCE_FACTOR * idle
+
+
+def block_hashes(prompt: array[int] | list[int], namespace: str) -> list[int]:
+    """One hash per full block, each covering everything before it."""
+    tokens = prompt if isinstance(prompt, array) else array("q", prompt)
+    hashes = []
+    value = hash(namespace)
+    for start in range(0, len(tokens) - BLOCK + 1, BLOCK):
+        value = hash((value, tokens[start : start + BLOCK].tobytes()))
+        hashes.append(value)
+    return hashes

@@ -1,0 +1,187 @@
+"""Our endpoints, and upstream's health endpoints replaced by ones that tell the truth about several groups."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from http import HTTPStatus
+from typing import Any, Protocol
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from sglang.srt.environ import envs
+from sglang.srt.managers.tokenizer_manager import ServerStatus
+from sglang.srt.utils.auth import AuthLevel, auth_level
+
+logger = logging.getLogger(__name__)
+
+#: upstream's routes that we replace: path -> name of the endpoint function
+HEALTH_ROUTES = {"/ready": "ready", "/health": "health_generate", "/health_generate": "health_generate"}
+
+
+class UnknownGroup(Exception):
+    """There is no worker group of that id. Its message, if any, is the client's."""
+
+
+class GroupStateConflict(Exception):
+    """The group is in a state in which this cannot be done; the message says which."""
+
+
+class StatusSource(Protocol):
+    """What the endpoints need of the tokenizer manager."""
+
+    gracefully_exit: bool
+    server_status: Any
+
+    def kevlar_status(self) -> dict[str, Any]:
+        """The JSON of GET /kevlar/status."""
+
+    def serves(self) -> bool:
+        """Whether a group takes requests now."""
+
+    async def drain_group(self, group: int) -> None:
+        """Raises UnknownGroup, GroupStateConflict."""
+
+    async def restart_group(self, group: int) -> None:
+        """Raises UnknownGroup, GroupStateConflict."""
+
+    async def probe_groups(self, timeout: float) -> dict[int, bool]:
+        """Lets every group that serves generate a token, or sees one it is making anyway.
+
+        Returns when the first has done so (see `first_answer`), or after `timeout` seconds.
+        """
+
+
+async def first_answer(probes: Mapping[int, Awaitable[bool]], timeout: float) -> dict[int, bool]:
+    """Runs one probe per group until one returns True, at most `timeout` seconds, and cancels the others.
+
+    A group whose probe failed, raised or was not through is False: one hung group must not delay the answer that
+    another one serves.
+    """
+    tasks = {asyncio.ensure_future(probe): group for group, probe in probes.items()}
+    answered = dict.fromkeys(probes, False)
+    pending = set(tasks)
+    deadline = asyncio.get_running_loop().time() + timeout
+    try:
+        while pending and not any(answered.values()):
+            left = deadline - asyncio.get_running_loop().time()
+            done, pending = await asyncio.wait(pending, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            if not done:
+                break
+            for task in done:
+                answered[tasks[task]] = task.exception() is None and task.result()
+    finally:
+        for task in pending:
+            task.cancel()
+        await asyncio.gather(*pending, return_exceptions=True)
+    return answered
+
+
+class HealthCheck:
+    """Answers /ready, /health and /health_generate for one source.
+
+    ``timeout`` in seconds bounds a generating check. Requests that come while one runs share it, so that probing
+    from many sides does not load the groups.
+    """
+
+    def __init__(self, source: StatusSource, timeout: float) -> None:
+        self._source = source
+        self._timeout = timeout
+        self._probe: asyncio.Task[bool] | None = None
+
+    def serving(self) -> bool:
+        """False while starting or shutting down, and with no group to take requests."""
+        if self._source.gracefully_exit or self._source.server_status == ServerStatus.Starting:
+            return False
+        return self._source.serves()
+
+    async def generates(self) -> bool:
+        """Whether a group makes a token within the timeout.
+
+        ``server_status`` is left alone: upstream drops all requests at SIGTERM once it is UnHealthy.
+        """
+        if self._probe is None or self._probe.done():
+            self._probe = asyncio.create_task(self._run_probe())
+        return await asyncio.shield(self._probe)
+
+    async def _run_probe(self) -> bool:
+        try:
+            # The source keeps the deadline; the second one is for a source that does not.
+            answers = await asyncio.wait_for(self._source.probe_groups(self._timeout), self._timeout + 1)
+        except Exception as error:
+            logger.error("health check failed: %s: %s", type(error).__name__, error)
+            return False
+        if not any(answers.values()):
+            logger.error("health check failed: no group made a token within %.0f s: %s", self._timeout, answers)
+            return False
+        return True
+
+
+def install(app: FastAPI, source: StatusSource, health_timeout: float) -> None:
+    """Adds our routes to upstream's app and replaces its health routes.
+
+    ``health_timeout`` is upstream's ``HEALTH_CHECK_TIMEOUT``. Raises RuntimeError when the routes to replace are
+    not those we know. Routes are added one by one, not as a router: upstream's key check looks for the auth level
+    on the app's own routes.
+    """
+    remove_routes(app, HEALTH_ROUTES)
+    check = HealthCheck(source, health_timeout)
+
+    async def ready() -> Response:
+        return Response(status_code=HTTPStatus.OK if check.serving() else HTTPStatus.SERVICE_UNAVAILABLE)
+
+    async def health(request: Request) -> Response:
+        if not check.serving():
+            return Response(status_code=HTTPStatus.SERVICE_UNAVAILABLE)
+        generate = request.url.path.endswith("/health_generate") or envs.SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION.get()
+        if not generate or envs.SGLANG_DIAG_BYPASS_HEALTH_GENERATE.get():
+            return Response(status_code=HTTPStatus.OK)
+        healthy = await check.generates()
+        return Response(status_code=HTTPStatus.OK if healthy else HTTPStatus.SERVICE_UNAVAILABLE)
+
+    async def kevlar_status() -> Response:
+        return JSONResponse(source.kevlar_status())
+
+    for path in HEALTH_ROUTES:
+        app.add_api_route(path, ready if path == "/ready" else health, methods=["GET"])
+    app.add_api_route("/kevlar/status", kevlar_status, methods=["GET"])
+    for action, act in (("drain", source.drain_group), ("restart", source.restart_group)):
+        maintain = auth_level(AuthLevel.ADMIN_OPTIONAL)(_maintenance(action, act))
+        app.add_api_route(f"/kevlar/groups/{{group}}/{action}", maintain, methods=["POST"])
+
+
+def remove_routes(app: FastAPI, endpoints: Mapping[str, str]) -> None:
+    """Removes the routes ``path -> name of the endpoint function`` from the app.
+
+    Raises RuntimeError, and removes nothing, when one of them is not there exactly once.
+    """
+    routes = app.router.routes
+    found = []
+    for path, name in endpoints.items():
+        matching = [route for route in routes if getattr(route, "path", None) == path]
+        names = [getattr(route, "name", "") for route in matching]
+        if names != [name]:
+            raise RuntimeError(f"upstream's HTTP app serves {path} by {names or 'nothing'}, expected {name!r}")
+        found += matching
+    for route in found:
+        routes.remove(route)
+
+
+def _maintenance(action: str, act: Callable[[int], Awaitable[None]]) -> Callable[[str], Awaitable[Response]]:
+    async def maintain(group: str) -> Response:
+        try:
+            if not (group.isascii() and group.isdigit() and len(group) < 10):
+                raise UnknownGroup
+            await act(int(group))
+        except UnknownGroup as error:
+            return _error(HTTPStatus.NOT_FOUND, str(error) or f"there is no worker group {group[:64]!r}")
+        except GroupStateConflict as error:
+            return _error(HTTPStatus.CONFLICT, str(error))
+        return JSONResponse({"group": int(group), "action": action}, HTTPStatus.ACCEPTED)
+
+    return maintain
+
+
+def _error(status: HTTPStatus, message: str) -> Response:
+    return JSONResponse({"error": {"message": message, "code": int(status)}}, status)

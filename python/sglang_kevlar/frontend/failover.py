@@ -1,0 +1,514 @@
+"""The one actor: outputs of groups and changes of membership are handled in one order, in one place.
+
+Requests enter by `submit`, leave by their last output or by `_refuse`. In between they are on one group or in the
+hold queue, and the journal knows which. Everything that changes that happens on the event loop, and whatever spans
+an await happens in a *turn*, so that nothing is redirected between two halves of a batch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Coroutine
+from http import HTTPStatus
+from typing import Any
+
+import zmq.asyncio
+from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
+from sglang.srt.managers.io_struct import (
+    AbortReq,
+    BatchEmbeddingOutput,
+    BatchStrOutput,
+    BatchTokenIDOutput,
+)
+
+from sglang_kevlar.control.admission import HoldQueue, must_wait
+from sglang_kevlar.control.journal import Entry, Journal
+from sglang_kevlar.control.membership import Event, GroupLost, GroupReady, GroupSuspect, GroupTrusted
+from sglang_kevlar.control.routing import Router
+from sglang_kevlar.frontend.channels import ChannelFull, GroupChannel
+from sglang_kevlar.frontend.host import BatchOutput, Host
+from sglang_kevlar.frontend.in_flight import InFlight, TextMismatch, TokenizedRequest, not_continuable
+from sglang_kevlar.frontend.outcome import Failure, RequestOutcome
+from sglang_kevlar.observability.events import FailoverEvents
+from sglang_kevlar.observability.metrics import NoMetrics
+from sglang_kevlar.protocol.launch import LaunchPlan, Paths
+from sglang_kevlar.worker.resume import StartedReqOutput
+
+logger = logging.getLogger(__name__)
+
+#: Upstream skips outputs under such an id without a word: what a fenced attempt sends is given this one.
+FENCED_RID = f"{HEALTH_CHECK_RID_PREFIX}_FENCED"
+#: seconds a client is told to wait after a 503
+RETRY_AFTER = 5
+#: seconds between two looks at the hold queue's deadlines
+EXPIRY_TICK = 0.25
+
+
+class Failover:
+    def __init__(
+        self,
+        host: Host,
+        plan: LaunchPlan,
+        paths: Paths,
+        kill: Callable[[int, int, str], None],
+        internal_error: Callable[[int, int], None],
+        is_draining: Callable[[int], bool],
+        incarnation: str,
+        events: FailoverEvents,
+        metrics: NoMetrics,
+    ) -> None:
+        args = plan.kevlar
+        self._args = args
+        self._host = host
+        self._paths = paths
+        self._kill = kill
+        self._internal_error = internal_error
+        self._is_draining = is_draining
+        self.events = events
+        self._metrics = metrics
+        self.journal = Journal(args, incarnation)
+        self.router = Router()
+        self.hold = HoldQueue(args)
+        self.channels: dict[int, GroupChannel] = {}
+        self.requests: dict[str, InFlight] = {}
+        #: requests in flight that were moved: their answers say so
+        self.redirected: set[str] = set()
+        #: groups that should serve: with fewer, capacity is lost and new requests may have to wait
+        self._active_groups = args.worker_groups - args.standby_groups
+        self._context = zmq.asyncio.Context()
+        self._turn = asyncio.Lock()
+        self._inbox: asyncio.Queue[Event | BaseException] = asyncio.Queue()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # ---- requests in ---------------------------------------------------------------------------------------------
+
+    def submit(
+        self, message: TokenizedRequest, outcome: RequestOutcome | None, pinned_group: int | None = None
+    ) -> None:
+        """Accept a request. Never waits; a refusal reaches the client as the request's own error.
+
+        ``pinned_group``: a health probe, for that group if it serves.
+        """
+        namesake = self.requests.get(message.rid)
+        if namesake is not None and namesake.ended:
+            self._close(namesake.entry)
+        entry = self.journal.open(
+            message.rid,
+            prompt_tokens=len(message.input_ids or ()),
+            max_new_tokens=message.sampling_params.max_new_tokens or 0,
+            not_continuable=not_continuable(message),
+        )
+        request = InFlight(entry, message, outcome, self._args.journal_interval)
+        self.requests[entry.rid] = request
+        if pinned_group in self.router.groups:
+            self._dispatch(request, pinned_group)
+        elif self.router.groups and not must_wait(self._has_room(entry), self._degraded(), len(self.hold)):
+            self._dispatch(request, self._choose(request))
+        elif not self.hold.hold(entry.rid, time.monotonic(), redirected=False):
+            full = f"request {entry.rid}: the hold queue is full ({self._args.hold_queue} requests)"
+            failure = Failure(503, full, "queue_full", RETRY_AFTER)
+            # Later: upstream looks the request up once more after this call.
+            asyncio.get_running_loop().call_soon(self._refuse, request, failure)
+        else:
+            self.events.held(entry.rid)
+
+    def abort(self, abort: AbortReq) -> None:
+        """Abort one request, or all. One that is on no group ends here and now."""
+        if abort.abort_all:
+            for channel in [channel for channel in self.channels.values() if channel.up_to_date]:
+                self.send(channel, abort)
+            targets = list(self.requests.values())
+        else:
+            target = self.requests.get(abort.rid or "")
+            targets = [] if target is None else [target]
+        for request in targets:
+            request.abort_requested = True
+            attempt = request.entry.attempt
+            if attempt is None:
+                self.hold.remove(request.entry.rid)
+                asyncio.get_running_loop().call_soon(self._end_held, request, abort)
+            elif not abort.abort_all:
+                wire = AbortReq(
+                    rid=attempt.wire_rid, finished_reason=abort.finished_reason, abort_message=abort.abort_message
+                )
+                self.send(self.channels[attempt.group], wire)
+
+    # ---- membership ----------------------------------------------------------------------------------------------
+
+    def on_event(self, event: Event) -> None:
+        """Called by the monitor, on the event loop. Acted on in order, each in its own turn."""
+        channel = self.channels.get(event.group)
+        if isinstance(event, GroupLost) and channel is not None and channel.epoch == event.epoch:
+            # Before its turn: what comes until then is not to be moved, and not to be suspected of this death.
+            self._give_up(channel)
+        self._inbox.put_nowait(event)
+
+    async def run(self) -> None:
+        """Act on membership and on time until cancelled. Raises what went wrong in any task of the actor."""
+        while True:
+            event: Event | BaseException | None = None
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(EXPIRY_TICK):
+                    event = await self._inbox.get()
+            if isinstance(event, BaseException):
+                raise event
+            if event is not None:
+                async with self._turn:
+                    await self._apply(event)
+            self._expire()
+
+    async def _apply(self, event: Event) -> None:
+        group, epoch = event.group, event.epoch
+        channel = self.channels.get(group)
+        current = channel if channel is not None and channel.epoch == epoch else None
+        if isinstance(event, GroupReady):
+            assert channel is None, f"group {group} is attached twice"
+            capacity = int(event.init_info.get("max_total_num_tokens") or 0)  # type: ignore[call-overload]
+            self.channels[group] = GroupChannel(self._context, self._paths, group, epoch, capacity)
+            self._spawn(self._attach(self.channels[group]))
+        elif isinstance(event, GroupLost) and current is not None:
+            await self._lost(current, event)
+        elif isinstance(event, GroupSuspect) and current is not None:
+            logger.warning("worker group %d (epoch %d) is suspect: %s; others are preferred", group, epoch, event.why)
+            current.suspect = True
+            self.route()
+        elif isinstance(event, GroupTrusted) and current is not None:
+            logger.info("worker group %d (epoch %d) is trusted again", group, epoch)
+            current.suspect = False
+            self.route()
+        # GroupKill is the monitor's to act on.
+
+    async def _attach(self, channel: GroupChannel) -> None:
+        """A group is ready: connect, bring it up to date, let it serve."""
+        group, epoch = channel.group, channel.epoch
+        if not await channel.connected():
+            self._kill(group, epoch, "did not connect to the frontend after it became ready")
+            return
+        if channel.closed:
+            return
+        self._spawn(self._receive(channel))
+        # Requests of a frontend that died: their clients are gone.
+        self.send(channel, AbortReq(abort_all=True))
+        reason = await self._host.prepare_group(channel)
+        if channel.closed:
+            return
+        if reason is not None:
+            self._kill(group, epoch, reason)
+            return
+        # Now, not in the turn: a change that is broadcast in between must reach it.
+        channel.up_to_date = True
+        async with self._turn:
+            if channel.closed:
+                return
+            self.route()
+            serving = ", ".join(map(str, sorted(self.router.groups)))
+            logger.info("worker group %d (epoch %d) is up to date; groups that serve: %s", group, epoch, serving)
+
+    def route(self) -> None:
+        """Let the right groups serve: all active ones that can, and a standby for each that cannot.
+
+        A suspect is asked only when nobody else is left: with too little CPU, everything may be suspect at once.
+        """
+        fit = [
+            group
+            for group, channel in sorted(self.channels.items())
+            if channel.up_to_date and not channel.given_up and not self._is_draining(group)
+        ]
+        can = [group for group in fit if not self.channels[group].suspect] or fit
+        active = [group for group in can if group < self._active_groups]
+        standby = [group for group in can if group >= self._active_groups]
+        serving = {*active, *standby[: self._active_groups - len(active)]}
+        for group in self.router.groups.keys() - serving:
+            self._stop_routing(self.channels[group])
+        for group in sorted(serving - self.router.groups.keys()):
+            self._add(self.channels[group])
+        self._pump()
+
+    def _stop_routing(self, channel: GroupChannel) -> None:
+        self.router.remove(channel.group)
+        self._metrics.group(channel.group, ready=False, epoch=channel.epoch)
+
+    def _give_up(self, channel: GroupChannel) -> None:
+        """Nothing more goes to a group that is about to be fenced."""
+        channel.given_up = True
+        self._stop_routing(channel)
+
+    def _add(self, channel: GroupChannel) -> None:
+        self.router.add(channel.group, channel.epoch, channel.capacity)
+        self._metrics.group(channel.group, ready=True, epoch=channel.epoch)
+        for request in self.requests.values():
+            attempt = request.entry.attempt
+            if attempt is not None and (attempt.group, attempt.epoch) == (channel.group, channel.epoch):
+                self.router.started(channel.group, attempt.reserved_tokens, request.prompt, request.namespace)
+
+    async def _lost(self, channel: GroupChannel, event: GroupLost) -> None:
+        """Fence the group, then move everything it was running."""
+        self._give_up(channel)
+        for message in channel.drain():
+            await self._handle(channel, message)
+        channel.close()
+        del self.channels[event.group]
+        self._host.group_lost(event.group, event.epoch)
+        planned = event.kind == "operator"
+        entries = self.journal.fence(event.group, event.epoch, planned)
+        if not channel.up_to_date:
+            # It never served: nothing failed over.
+            logger.error(
+                "worker group %d (epoch %d) was lost before it served: %s", event.group, event.epoch, event.cause
+            )
+            self.route()
+            return
+        self.events.failover(
+            group=event.group,
+            epoch=event.epoch,
+            cause=event.cause,
+            kind=event.kind,
+            detect_ms=event.detect_s * 1e3,
+            rids=[entry.rid for entry in entries],
+        )
+        for entry in entries:
+            self._redirect(self.requests[entry.rid])
+        self.route()
+
+    def _redirect(self, request: InFlight) -> None:
+        """Queue a request of a lost group, before all new ones; or end it, if it must not run again."""
+        entry = request.entry
+        if request.abort_requested:
+            self._end_aborted(request, AbortReq(rid=entry.rid))
+            return
+        refusal = self.journal.refusal(entry)
+        if refusal is not None:
+            self._refuse(request, Failure(500, refusal.message, refusal.kind))
+            return
+        held = self.hold.hold(entry.rid, time.monotonic(), redirected=True)
+        assert held, "a redirected request always finds a place"
+        if not self.router.groups:
+            self.events.held(entry.rid)
+
+    # ---- the hold queue ------------------------------------------------------------------------------------------
+
+    def _degraded(self) -> bool:
+        return len(self.router.groups) < self._active_groups
+
+    def _has_room(self, entry: Entry) -> bool:
+        """Whether a group can take ``entry``; an idle one takes any, or what is larger than all would wait for ever."""
+        idle = any(load.requests == 0 for load in self.router.groups.values())
+        return idle or self.router.has_room(entry.reserved_tokens)
+
+    def _pump(self) -> None:
+        """Give held requests to groups, as far as there is room for new ones."""
+        while self.router.groups and (held := self.hold.first()) is not None:
+            request = self.requests[held.rid]
+            redirected = request.entry.redirects > 0
+            if not redirected and self._degraded() and not self._has_room(request.entry):
+                break
+            self.hold.remove(held.rid)
+            refusal = self.journal.refusal(request.entry) if redirected else None
+            if refusal is None:
+                self._dispatch(request, self._choose(request, spread=redirected))
+            else:  # the weights changed while it waited
+                self._refuse(request, Failure(500, refusal.message, refusal.kind))
+
+    def _expire(self) -> None:
+        for held in self.hold.expired(time.monotonic()):
+            waited = f"waited {self._args.hold_timeout:g} s for a worker group to serve it"
+            failure = Failure(503, f"request {held.rid}: {waited}", "no_group", RETRY_AFTER)
+            self._refuse(self.requests[held.rid], failure)
+        self._pump()
+
+    # ---- groups --------------------------------------------------------------------------------------------------
+
+    def _choose(self, request: InFlight, spread: bool = False) -> int:
+        group = self.router.choose(request.prompt, request.namespace, spread)
+        assert group is not None, "asked only while a group serves"
+        return group
+
+    def _dispatch(self, request: InFlight, group: int) -> None:
+        entry = request.entry
+        channel = self.channels[group]
+        attempt = self.journal.begin_attempt(entry, group, channel.epoch)
+        self.router.started(group, attempt.reserved_tokens, request.prompt, request.namespace)
+        if entry.redirects:
+            self.redirected.add(entry.rid)
+            self.events.redirected(entry.rid, group=group, epoch=channel.epoch, delivered_tokens=len(entry.delivered))
+        else:
+            self.events.dispatched(entry.rid)
+        self.send(channel, request.for_attempt(attempt))
+
+    def send(self, channel: GroupChannel, message: Any) -> bool:
+        """False: the group does not read its input and is given up; its requests move, this one with them."""
+        try:
+            channel.send(message)
+        except ChannelFull as full:
+            self._give_up(channel)
+            self._kill(channel.group, channel.epoch, str(full))
+            return False
+        return True
+
+    async def _receive(self, channel: GroupChannel) -> None:
+        while not channel.closed:
+            await channel.arrival()
+            async with self._turn:
+                if not channel.closed:
+                    await self._handle(channel, channel.take())
+                    self._pump()
+
+    async def _handle(self, channel: GroupChannel, message: Any) -> None:
+        channel.received += 1
+        if isinstance(message, BatchStrOutput | BatchTokenIDOutput | BatchEmbeddingOutput):
+            await self._outputs(channel, message)
+        elif isinstance(message, AbortReq):
+            entry = self.journal.accept(message.rid or "", channel.group, channel.epoch)
+            if entry is not None and self._refused_there(entry, message.finished_reason):
+                self._refuse_resume(self.requests[entry.rid], message.finished_reason)
+            elif entry is not None:
+                message.rid = entry.rid
+                self._host.finish_aborted(message)
+                self._close(entry)
+        elif isinstance(message, StartedReqOutput):
+            entry = self.journal.accept(message.rid or "", channel.group, channel.epoch)
+            if entry is not None:
+                entry.started = True
+                entry.recomputed_tokens += message.recomputed_tokens
+                self.requests[entry.rid].recomputed_now = message.recomputed_tokens
+        else:
+            self._host.control_reply(channel.group, channel.epoch, message)
+
+    async def _outputs(self, channel: GroupChannel, batch: BatchOutput) -> None:
+        """Journal what is current, blank what is fenced, then let the clients have it."""
+        ended: list[Entry] = []
+        mismatched: list[InFlight] = []
+        refused: list[tuple[InFlight, Any]] = []
+        for i, wire_rid in enumerate(batch.rids):
+            entry = self.journal.accept(wire_rid, channel.group, channel.epoch)
+            if entry is None:
+                batch.rids[i] = FENCED_RID
+                continue
+            request = self.requests[entry.rid]
+            if self._refused_there(entry, batch.finished_reasons[i]):
+                refused.append((request, batch.finished_reasons[i]))
+                batch.rids[i] = FENCED_RID
+                continue
+            try:
+                self._journal_output(request, batch, i)
+            except TextMismatch:
+                mismatched.append(request)
+                batch.rids[i] = FENCED_RID
+                continue
+            batch.rids[i] = entry.rid
+            reason = batch.finished_reasons[i]
+            if reason is not None:
+                request.ended = True
+                ended.append(entry)
+                if reason.get("type") == "abort" and reason.get("status_code") == 500:
+                    self._internal_error(channel.group, channel.epoch)
+        await self._host.deliver(batch)
+        for entry in ended:
+            self._close(entry)
+        for request, reason in refused:
+            self._refuse_resume(request, reason)
+        for request in mismatched:
+            attempt = request.entry.attempt
+            assert attempt is not None
+            self.send(channel, AbortReq(rid=attempt.wire_rid))
+            differs = "the group that continued it decodes its earlier tokens to another text"
+            self._refuse(request, Failure(500, f"request {request.entry.rid}: {differs}", "not_continuable"))
+
+    @staticmethod
+    def _refused_there(entry: Entry, reason: Any) -> bool:
+        """Whether the scheduler that was to continue this request said that it cannot (`worker.scheduler`)."""
+        return bool(
+            entry.redirects
+            and entry.delivered
+            and reason
+            and reason.get("type") == "abort"
+            and reason.get("status_code") == HTTPStatus.SERVICE_UNAVAILABLE
+        )
+
+    def _refuse_resume(self, request: InFlight, reason: Any) -> None:
+        attempt = request.entry.attempt
+        assert attempt is not None
+        message = str(reason.get("message", "")).replace(attempt.wire_rid, request.entry.rid)
+        self._refuse(request, Failure(500, message, "not_continuable"))
+
+    def _journal_output(self, request: InFlight, batch: BatchOutput, i: int) -> None:
+        entry = request.entry
+        if isinstance(batch, BatchEmbeddingOutput):
+            return
+        tokens = batch.output_ids[i]
+        if isinstance(batch, BatchStrOutput) and request.replaying:
+            batch.output_strs[i] = request.new_text(batch.output_strs[i], self._host.delivered_text(entry.rid))
+        if entry.delivered:
+            # Usage is what it was: a redirect's recomputation is ours to explain, not the client's to pay.
+            batch.cached_tokens[i] = entry.cached_tokens
+        else:
+            entry.cached_tokens = batch.cached_tokens[i]
+        self.journal.deliver(entry, tokens)
+        entry.input_logprobs_sent = True
+        if request.outcome is not None and len(tokens):
+            request.outcome.first_token = True
+        if entry.redirects and len(tokens):
+            self.events.resumed(entry.rid, request.recomputed_now)
+
+    # ---- requests out --------------------------------------------------------------------------------------------
+
+    def _close(self, entry: Entry) -> None:
+        if self.journal.get(entry.rid) is not entry:
+            return  # already closed, and perhaps its id in use again
+        attempt = entry.attempt
+        if attempt is not None:
+            self.router.finished(attempt.group, attempt.epoch, attempt.reserved_tokens)
+        self.journal.close(entry.rid)
+        self.hold.remove(entry.rid)
+        self.requests.pop(entry.rid, None)
+        self.redirected.discard(entry.rid)
+        self.events.gone(entry.rid)
+
+    def _end_held(self, request: InFlight, abort: AbortReq) -> None:
+        self._end_aborted(request, abort)
+        self._pump()  # it may have been in the way of others
+
+    def _end_aborted(self, request: InFlight, abort: AbortReq) -> None:
+        """End a request that is on no group, as its client asked."""
+        if self.requests.get(request.entry.rid) is not request:
+            return
+        self._close(request.entry)
+        self._host.finish_aborted(
+            AbortReq(rid=request.entry.rid, finished_reason=abort.finished_reason, abort_message=abort.abort_message)
+        )
+
+    def _refuse(self, request: InFlight, failure: Failure) -> None:
+        """End a request with an error that names it. Never a silently different answer."""
+        rid = request.entry.rid
+        if self.requests.get(rid) is not request:
+            return
+        self.events.refused(rid, failure.kind, failure.message)
+        self._close(request.entry)
+        if request.outcome is not None and request.outcome.fail(failure):
+            # One sub-request of a batch or n > 1 failed, so the HTTP request has: no need for the others.
+            for sibling in [other for other in self.requests.values() if other.outcome is request.outcome]:
+                self.abort(AbortReq(rid=sibling.entry.rid))
+        reason = {"type": "abort", "status_code": failure.status, "message": failure.message, "err_type": failure.kind}
+        self._host.finish_aborted(AbortReq(rid=rid, finished_reason=reason))
+
+    def close(self) -> None:
+        """At shutdown, when nothing is in flight any more."""
+        self.events.close()
+        for task in self._tasks:
+            task.cancel()
+        for channel in self.channels.values():
+            channel.close()
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._task_done)
+
+    def _task_done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            # State may be half changed: end this frontend; the launcher starts one that finds its groups running.
+            self._inbox.put_nowait(error)

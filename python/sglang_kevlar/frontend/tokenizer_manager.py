@@ -1,0 +1,407 @@
+"""Upstream's TokenizerManager over several worker groups instead of one scheduler."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+import os
+import time
+import uuid
+from collections import Counter
+from collections.abc import AsyncIterator
+from typing import Any, TypeAlias
+
+import fastapi
+from sglang.srt.managers.io_struct import (
+    AbortReq,
+    BatchTokenizedEmbeddingReqInput,
+    BatchTokenizedGenerateReqInput,
+    ContinueGenerationReqInput,
+    EmbeddingReqInput,
+    GenerateReqInput,
+    OpenSessionReqInput,
+    PauseGenerationReqInput,
+    ShutdownReq,
+    TokenizedEmbeddingReqInput,
+    TokenizedGenerateReqInput,
+    UnloadLoRAAdapterReqInput,
+    UpdateWeightFromDiskReqInput,
+    UpdateWeightFromDiskReqOutput,
+)
+from sglang.srt.managers.tokenizer_control_mixin import _COMMUNICATOR_SPECS
+from sglang.srt.managers.tokenizer_manager import ReqState, TokenizerManager
+from sglang.srt.runtime_context import get_lora
+from sglang.srt.server_args import PortArgs, ServerArgs
+
+from sglang_kevlar import __version__
+from sglang_kevlar.control.membership import Event
+from sglang_kevlar.frontend.channels import GroupChannel
+from sglang_kevlar.frontend.endpoints import GroupStateConflict, UnknownGroup, first_answer
+from sglang_kevlar.frontend.failover import Failover
+from sglang_kevlar.frontend.fan_out import GroupCommunicator, GroupEpoch, reason_of
+from sglang_kevlar.frontend.host import BatchOutput, Host
+from sglang_kevlar.frontend.loads import GroupLoadReader
+from sglang_kevlar.frontend.monitor import GroupMonitor
+from sglang_kevlar.frontend.outcome import RequestOutcome, outcome_of
+from sglang_kevlar.frontend.replay import RunTimeChanges, changes_weights
+from sglang_kevlar.observability.events import FailoverEvents
+from sglang_kevlar.observability.metrics import NoMetrics, PrometheusMetrics, forget_dead_processes
+from sglang_kevlar.protocol.launch import LaunchPlan, Paths
+from sglang_kevlar.worker.resume import register_wire_types
+
+logger = logging.getLogger(__name__)
+Json: TypeAlias = dict[str, Any]
+
+#: the HTTP request whose sub-requests are being registered; None for Engine and internal requests
+_current_outcome: contextvars.ContextVar[RequestOutcome | None] = contextvars.ContextVar("outcome", default=None)
+
+#: the group a probe is for; None: the router decides
+_pinned_group: contextvars.ContextVar[int | None] = contextvars.ContextVar("pinned_group", default=None)
+
+#: messages a scheduler acts on without answering
+_UNANSWERED = (PauseGenerationReqInput, ContinueGenerationReqInput)
+
+
+class KevlarTokenizerManager(TokenizerManager, Host):
+    def __init__(self, server_args: ServerArgs, port_args: PortArgs, *, plan: LaunchPlan, paths: Paths) -> None:
+        self.plan = plan
+        self.paths = paths
+        self.started_at = time.monotonic()
+        #: HTTP requests and Engine calls that are under way, in whatever stage
+        self._generating = 0
+        register_wire_types()
+        super().__init__(server_args, port_args)
+
+    # ---- instead of upstream's sockets ---------------------------------------------------------------------------
+
+    def init_ipc_channels(self, port_args: PortArgs) -> None:
+        """No socket of one scheduler: channels come and go with the groups (`frontend.channels`)."""
+        self.recv_from_detokenizer = None
+        self.send_to_scheduler = None
+        self.tokenizer_ipc_name = None
+        groups = range(self.plan.kevlar.worker_groups)
+        metrics = PrometheusMetrics(groups) if self.enable_metrics else NoMetrics()
+        self.monitor = GroupMonitor(self.paths, self.plan.kevlar, self._on_membership)
+        self.failover = Failover(
+            host=self,
+            plan=self.plan,
+            paths=self.paths,
+            kill=self.monitor.kill,
+            internal_error=self.monitor.on_internal_error,
+            is_draining=lambda group: self.monitor.membership.group(group).draining,
+            incarnation=f"{os.getpid():x}{uuid.uuid4().hex[:4]}",
+            events=FailoverEvents(metrics),
+            metrics=metrics,
+        )
+        self.load_snapshot_reader = GroupLoadReader(self.plan, self.failover)
+
+    def init_communicators(self) -> None:
+        super().init_communicators()
+        at_start = frozenset(ref.lora_name for ref in get_lora().lora_paths or ())
+        self._changes = RunTimeChanges(at_start, self.paths.changes)
+        self._communicators: dict[type, GroupCommunicator] = {}
+        self._replaying: dict[GroupEpoch, asyncio.Future[Any]] = {}
+        specs = [(spec[0], spec[1]) for spec in _COMMUNICATOR_SPECS]
+        for name, answer in [*specs, ("update_weights_from_disk", UpdateWeightFromDiskReqOutput)]:
+            communicator = GroupCommunicator(
+                name, self._broadcast, self._disagree, self._changes.retract, self.plan.kevlar.control_timeout
+            )
+            setattr(self, f"{name}_communicator", communicator)
+            self._communicators[answer] = communicator
+
+    async def handle_loop(self) -> None:
+        if self._changes.inherited:
+            await self._take_over_changes()
+        self.monitor.start()
+        await self.failover.run()
+
+    async def _take_over_changes(self) -> None:
+        """Know what a frontend before this one changed: the groups that run have it, those that start will get it."""
+        logger.info("taking over the run-time changes of the frontend before")
+        changes = self._changes
+        if changes.weights is not None:
+            self._update_model_path_info(changes.weights.model_path, changes.weights.load_format)
+        if changes.weight_version is not None:
+            self._update_weight_version_if_provided(changes.weight_version)
+        for change in changes.adapters:
+            if isinstance(change, UnloadLoRAAdapterReqInput):
+                await self.lora_registry.unregister(change.lora_name)
+            else:
+                await self.lora_registry.register(change.to_ref())
+                self.lora_ref_cache[change.lora_name] = change.to_ref()
+        self.is_pause = changes.paused
+
+    # ---- requests ------------------------------------------------------------------------------------------------
+
+    async def generate_request(
+        self, obj: GenerateReqInput | EmbeddingReqInput, request: fastapi.Request | None = None
+    ) -> AsyncIterator[Any]:
+        _current_outcome.set(outcome_of(request))
+        stream = super().generate_request(obj, request)
+        self._generating += 1
+        try:
+            async for output in stream:
+                yield output
+        finally:
+            self._generating -= 1
+            await stream.aclose()
+
+    def _dispatch_to_scheduler(self, obj: Any) -> None:
+        if isinstance(obj, TokenizedGenerateReqInput | TokenizedEmbeddingReqInput):
+            self.failover.submit(obj, _current_outcome.get(), _pinned_group.get())
+        elif isinstance(obj, BatchTokenizedGenerateReqInput | BatchTokenizedEmbeddingReqInput):
+            for item in obj:
+                self.failover.submit(item, _current_outcome.get())
+        elif isinstance(obj, AbortReq):
+            self.failover.abort(obj)
+        elif isinstance(obj, ShutdownReq):
+            pass  # the launcher ends the groups, after us
+        else:
+            self._broadcast(obj)
+
+    async def _async_dispatch_to_scheduler(self, obj: Any) -> None:
+        self._dispatch_to_scheduler(obj)
+
+    async def open_session(self, obj: OpenSessionReqInput, request: fastapi.Request | None = None) -> None:
+        raise fastapi.HTTPException(
+            400, "sessions live in one worker group and do not survive it: sglang_kevlar does not serve them"
+        )
+
+    def update_request_meta_info(
+        self, meta_info: Json, state: ReqState, customized_info: Json, index: int, finish_reason: Json | None
+    ) -> None:
+        super().update_request_meta_info(meta_info, state, customized_info, index, finish_reason)
+        entry = self.failover.journal.get(meta_info["id"])
+        if entry is not None and entry.redirects:
+            meta_info["kevlar"] = {"redirects": entry.redirects, "recomputed_tokens": entry.recomputed_tokens}
+
+    # ---- what the actor asks of us (Host) ------------------------------------------------------------------------
+
+    async def deliver(self, batch: BatchOutput) -> None:
+        if self.failover.redirected and getattr(batch, "customized_info", batch) is None:
+            # An empty value makes upstream call update_request_meta_info, where redirected requests are marked.
+            batch.customized_info = {}
+        await self._handle_batch_output(batch)
+        self.last_receive_tstamp = time.time()
+
+    def finish_aborted(self, abort: AbortReq) -> None:
+        state = self.rid_to_state.get(abort.rid)
+        self._handle_abort_req(abort)
+        if state is None:
+            return
+        if getattr(state.obj, "stream", False) and self.incremental_streaming_output:
+            # Upstream repeats the whole text and the last token here, which such a client would append.
+            state.out_list[-1].update(text="", output_ids=[])
+        if self.enable_lora and state.obj.lora_path:
+            # Upstream releases the adapter of some aborted requests only, and only while their client listens.
+            state.obj.lora_path = None
+            asyncio.get_running_loop().create_task(self.lora_registry.release(state.obj.lora_id))
+
+    def delivered_text(self, rid: str) -> str:
+        state = self.rid_to_state.get(rid)
+        return "" if state is None else state.get_text()
+
+    def control_reply(self, group: int, epoch: int, reply: Any) -> None:
+        replay = self._replaying.get((group, epoch))
+        communicator = self._communicators.get(type(reply))
+        if replay is not None:
+            if not replay.done():
+                replay.set_result(reply)
+        elif communicator is not None:
+            communicator.on_answer((group, epoch), reply)
+        else:
+            self._result_dispatcher(reply)
+
+    def group_lost(self, group: int, epoch: int) -> None:
+        for communicator in self._communicators.values():
+            communicator.on_group_lost((group, epoch))
+        replay = self._replaying.get((group, epoch))
+        if replay is not None and not replay.done():
+            replay.set_exception(ConnectionError("the group was lost"))
+        if self.enable_metrics:
+            # Upstream's gauges of the dead ranks would go on showing their last values.
+            forget_dead_processes(self.paths.prometheus)
+
+    async def prepare_group(self, channel: GroupChannel) -> str | None:
+        """Replay run-time changes to a group that starts, one by one, also those that come meanwhile."""
+        if self._changes.has_all(channel.group, channel.epoch):
+            return None  # it served the frontend before this one
+        applied: list[Any] = []
+        while not channel.closed:
+            if self._changes.not_replayable is not None:
+                return self._changes.not_replayable
+            wanted = self._changes.replay()
+            if any(all(change is not other for other in wanted) for change in applied):
+                return "a change that had been replayed to it was taken back or replaced meanwhile"
+            missing = [change for change in wanted if all(change is not other for other in applied)]
+            if not missing:
+                self._changes.set_up_to_date(channel.group, channel.epoch)
+                return None
+            reason = await self._replay(channel, missing[0])
+            if reason is not None:
+                return reason
+            applied.append(missing[0])
+        return None
+
+    async def _replay(self, channel: GroupChannel, change: Any) -> str | None:
+        name = type(change).__name__.removesuffix("ReqInput")
+        logger.info("worker group %d (epoch %d): replaying %s", channel.group, channel.epoch, name)
+        if isinstance(change, _UNANSWERED):
+            self.failover.send(channel, change)
+            return None
+        member = (channel.group, channel.epoch)
+        self._replaying[member] = asyncio.get_running_loop().create_future()
+        try:
+            self.failover.send(channel, change)
+            async with asyncio.timeout(self.plan.kevlar.control_timeout):
+                answer = await self._replaying[member]
+        except (TimeoutError, ConnectionError):
+            return f"{name} could not be replayed to it: no answer"
+        finally:
+            del self._replaying[member]
+        if not getattr(answer, "success", True):
+            return f"{name} could not be replayed to it: {reason_of(answer)}"
+        return None
+
+    # ---- control requests ----------------------------------------------------------------------------------------
+
+    def _broadcast(self, obj: Any) -> set[GroupEpoch]:
+        """Send to every group that serves; what changes them is remembered for those that start later."""
+        self._changes.record(obj)
+        channels = [channel for channel in self.failover.channels.values() if channel.up_to_date]
+        if channels and changes_weights(obj):
+            self.failover.journal.weights += 1
+            self.failover.router.forget_prefixes()
+        return {(channel.group, channel.epoch) for channel in channels if self.failover.send(channel, obj)}
+
+    def _disagree(self, request: Any, name: str, failed: dict[GroupEpoch, str]) -> None:
+        """These groups did not do what others did, or may have: they start again and are brought up to date.
+
+        Only where it makes them different: a profile that one group could not start is no reason to kill it.
+        """
+        if not self._changes.is_change(request):
+            return
+        for (group, epoch), why in failed.items():
+            self.monitor.kill(group, epoch, f"{name} failed there: {why}")
+
+    async def _wait_for_model_update_from_disk(self, obj: UpdateWeightFromDiskReqInput) -> tuple[bool, str, Any]:
+        answers = await self.update_weights_from_disk_communicator(obj)
+        success = all(answer.success for answer in answers)
+        if success:
+            self._update_model_path_info(obj.model_path, obj.load_format)
+        if len(answers) == 1:
+            return success, answers[0].message, answers[0].num_paused_requests
+        return (
+            success,
+            " | ".join(answer.message for answer in answers),
+            [answer.num_paused_requests for answer in answers],
+        )
+
+    # ---- operation -----------------------------------------------------------------------------------------------
+
+    def _on_membership(self, event: Event) -> None:
+        self.failover.on_event(event)
+
+    def kevlar_status(self) -> dict[str, Any]:
+        """The JSON of GET /kevlar/status."""
+        groups: list[dict[str, Any]] = self.monitor.snapshot()
+        # By the journal: a group that is drained is out of the router and still runs what it has.
+        running = Counter(r.entry.attempt.group for r in self.failover.requests.values() if r.entry.attempt is not None)
+        for group in groups:
+            channel = self.failover.channels.get(group["id"])
+            if group["state"] == "ready" and (channel is None or not channel.up_to_date):
+                group["state"] = "starting"  # its processes are ready; it is being brought up to date
+            group["weight_version"] = self.config_value("weight_version")
+            group["running"] = running[group["id"]]
+            group["queued"] = self._queued(group["id"])
+            # Filled by the shadow (KV replication); no KV leaves a group yet.
+            group["shadow"] = None
+        return {
+            "version": __version__,
+            "upstream": self.plan.upstream,
+            "uptime_s": round(time.monotonic() - self.started_at, 3),
+            "held": len(self.failover.hold),
+            "groups": groups,
+            "failovers": self.failover.events.history(),
+        }
+
+    def _queued(self, group: int) -> int:
+        load = self.load_snapshot_reader.read(group)
+        return 0 if load is None else load.num_waiting_reqs
+
+    def serves(self) -> bool:
+        return bool(self.failover.router.groups)
+
+    async def drain_group(self, group: int) -> None:
+        """No new requests to this group; what runs there ends there. Until it is restarted by `restart_group`."""
+        self.monitor.membership.drain(self._known(group))
+        self.failover.route()
+
+    async def restart_group(self, group: int) -> None:
+        """Move the group's requests to the others and start it anew."""
+        channel = self.failover.channels.get(self._known(group))
+        if channel is None:
+            cause = self.monitor.membership.group(group).cause
+            raise GroupStateConflict(f"group {group} is not serving; it is restarted by itself (down: {cause})")
+        self.monitor.membership.undrain(group)
+        self.monitor.kill(group, channel.epoch, "restart asked for by an operator", planned=True)
+
+    def _known(self, group: int) -> int:
+        if not 0 <= group < self.plan.kevlar.worker_groups:
+            raise UnknownGroup(f"there is no worker group {group}; there are 0 to {self.plan.kevlar.worker_groups - 1}")
+        return group
+
+    async def probe_groups(self, timeout: float) -> dict[int, bool]:
+        """Whether each serving group generates: one token each, made for this or seen passing by."""
+        probes = {group: self._probe(group) for group in list(self.failover.router.groups)}
+        return await first_answer(probes, timeout)
+
+    async def _probe(self, group: int) -> bool:
+        channel = self.failover.channels[group]
+        before = channel.received
+        while channel.received == before:
+            load = self.failover.router.groups.get(group)
+            if load is None:
+                return False
+            if load.requests == 0:
+                await self._generate_one(group)
+            else:
+                await asyncio.sleep(0.01)
+        return True
+
+    async def _generate_one(self, group: int) -> None:
+        # Not upstream's health-check id: a scheduler that is busy by now would not answer that one.
+        rid = f"kevlar-probe-{uuid.uuid4().hex}"
+        fields: dict[str, Any] = {"rid": rid, "input_ids": [0], "log_metrics": False}
+        fields["sampling_params"] = {"max_new_tokens": 1, "temperature": 0.0}
+        request = GenerateReqInput(**fields) if self.is_generation else EmbeddingReqInput(**fields)
+        _pinned_group.set(group)
+        try:
+            async for _ in self.generate_request(request):
+                pass
+        finally:
+            if rid in self.rid_to_state:
+                self.abort_request(rid)
+
+    async def sigterm_watchdog(self) -> None:
+        """Drain, then stop the HTTP server. The launcher, which sent the signal, ends the groups after us."""
+        while not self.gracefully_exit:
+            await asyncio.sleep(0.1)
+        # Not rid_to_state, as upstream does: it keeps an entry for ever of every request with n > 1.
+        remaining = -1
+        while requests := max(len(self.failover.requests), self._generating):
+            if requests != remaining:
+                logger.info("draining: %d requests remain", requests)
+            remaining = requests
+            await asyncio.sleep(0.1)
+        self.stop()
+        if self._server_stop_hook is not None:
+            self._server_stop_hook()
+
+    def stop(self) -> None:
+        """End everything of ours on the event loop. Groups live on."""
+        for task in self.asyncio_tasks:
+            task.cancel()
+        self.failover.close()
+        self.monitor.close()

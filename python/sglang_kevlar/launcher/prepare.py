@@ -1,0 +1,247 @@
+"""``python -m sglang_kevlar.launcher.prepare``: decide, once for all processes, what this launch is.
+
+The only place that parses SGLang's flags. It checks what can be checked before anything is started, resolves the
+arguments, and writes ``server_args.pickle`` and ``plan.json`` into the run directory. Whatever must not differ
+between processes (random seed, LoRA ids, parsers found in the chat template) is decided here.
+
+Exit status: 0, 2 for a command line SGLang cannot parse (argparse), ``EXIT_CONFIG`` for a launch that cannot work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from sglang_kevlar.launcher.process import die_with_parent
+from sglang_kevlar.protocol.launch import EXIT_CONFIG, PROTOCOL_VERSION, KevlarArgs, LaunchPlan, Paths
+
+if TYPE_CHECKING:
+    from sglang.srt.server_args import ServerArgs
+
+
+class LaunchRefused(Exception):
+    """This launch cannot work; the message is for the operator."""
+
+
+def main(argv: Sequence[str]) -> int:
+    if "--" not in argv:
+        raise SystemExit("usage: prepare --run-dir D --launch-id I --kevlar JSON -- <sglang flags>")
+    split = list(argv).index("--")
+    parser = argparse.ArgumentParser(prog="prepare")
+    parser.add_argument("--run-dir", required=True)
+    parser.add_argument("--launch-id", required=True)
+    parser.add_argument("--kevlar", required=True, help="KevlarArgs as JSON")
+    own = parser.parse_args(argv[:split])
+    kevlar = msgspec.json.decode(own.kevlar, type=KevlarArgs)
+    try:
+        prepare(Paths(own.run_dir), own.launch_id, kevlar, list(argv[split + 1 :]))
+    except LaunchRefused as refusal:
+        print(f"sglang-kevlar: error: {refusal}", file=sys.stderr, flush=True)
+        return EXIT_CONFIG
+    return 0
+
+
+def prepare(paths: Paths, launch_id: str, kevlar: KevlarArgs, argv: list[str]) -> LaunchPlan:
+    """Write the launch plan and the resolved arguments. Raises ``LaunchRefused``."""
+    environment, search_path = dict(os.environ), list(sys.path)
+    _load_upstream()
+    from sglang_kevlar.upstream import saved_args
+
+    server_args = _parse(argv)
+    _check_supported(server_args)
+    _check_port(server_args.host, server_args.port)
+    _resolve(server_args)
+    _check_supported(server_args, resolved=True)
+    plan = _plan(paths, launch_id, kevlar, server_args)
+    saved_args.save(paths.server_args, server_args, saved_args.changes_since(environment, search_path))
+    temporary = f"{paths.plan}.new"
+    with open(temporary, "wb") as file:
+        file.write(msgspec.json.format(msgspec.json.encode(plan), indent=2))
+    os.replace(temporary, paths.plan)
+    return plan
+
+
+def _load_upstream() -> None:
+    """Import SGLang with its plug-ins, and make sure it is the one we were made for."""
+    from sglang_kevlar.platform import torchvision_shim
+    from sglang_kevlar.upstream import contract
+
+    try:
+        contract.installed_version()
+        torchvision_shim.install()
+        from sglang_kevlar.upstream import plugin
+
+        os.environ[plugin.ENABLE] = "1"
+        from sglang.srt.plugins import load_plugins
+
+        load_plugins()
+        contract.check("prepare")
+        plugin.verify_applied()
+    except contract.UpstreamMismatch as mismatch:
+        raise LaunchRefused(str(mismatch)) from mismatch
+    except (ImportError, RuntimeError) as error:
+        raise LaunchRefused(f"SGLang could not be loaded: {_describe(error)}") from error
+
+
+def _parse(argv: list[str]) -> ServerArgs:
+    from sglang.srt.server_args import prepare_server_args
+
+    try:
+        with _without_usage():
+            return prepare_server_args(argv)
+    except Exception as error:  # the YAML file of --config, mostly; argparse exits by itself
+        raise LaunchRefused(f"the flags could not be read: {_describe(error)}") from error
+
+
+@contextmanager
+def _without_usage() -> Iterator[None]:
+    """argparse prints 300 lines of usage before the one line that says what is wrong."""
+    print_usage = argparse.ArgumentParser.print_usage
+    argparse.ArgumentParser.print_usage = lambda self, file=None: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        argparse.ArgumentParser.print_usage = print_usage  # type: ignore[method-assign]
+
+
+def _check_supported(server_args: ServerArgs, resolved: bool = False) -> None:
+    """``resolved``: also what resolution decided and what the model is, not only what was said."""
+    from sglang_kevlar import support_matrix
+
+    values = _decided(server_args) if resolved else server_args
+    problems = support_matrix.unknown(type(server_args).__struct_fields__)
+    problems += support_matrix.refusals(lambda name: getattr(values, name), os.environ)
+    if resolved and _loads_model_config(server_args):
+        from sglang.srt.arg_groups.model_override_base import model_config_of
+
+        problems += support_matrix.model_refusals(model_config_of(server_args))
+    if problems:
+        raise LaunchRefused("\n  ".join(["not supported:", *problems]) + "\n(--stock runs SGLang's own server)")
+
+
+def _decided(server_args: ServerArgs) -> Any:
+    """The values in effect: what the operator said, and over it what resolution decided."""
+    from sglang.srt.arg_groups.overrides import resolving_view
+
+    return resolving_view(server_args)
+
+
+def _loads_model_config(server_args: ServerArgs) -> bool:
+    return server_args.model_path.lower() not in ("none", "dummy")
+
+
+def _resolve(server_args: ServerArgs) -> None:
+    """What upstream's ``Engine._launch_subprocesses`` does before it starts the first process, in its order."""
+    from sglang.srt.arg_groups.model_override_base import model_config_of
+    from sglang.srt.entrypoints.engine import _set_envs_and_config
+    from sglang.srt.parser.template_detection import resolve_auto_parsers
+    from sglang.srt.utils import configure_logger
+
+    configure_logger(server_args)
+    try:
+        server_args.resolve_once()
+        _set_envs_and_config(server_args)
+        server_args.check_server_args()
+        view = _decided(server_args)
+        if view.reasoning_parser == "auto" or view.tool_call_parser == "auto":
+            resolve_auto_parsers(server_args)
+        if _loads_model_config(server_args):
+            model_config_of(server_args)
+    except Exception as error:
+        if not isinstance(error, (ValueError, AssertionError, OSError, ImportError, RuntimeError)):
+            traceback.print_exc()
+        if _came_from_model(error):
+            raise LaunchRefused(f"cannot load the model {server_args.model_path!r}: {_describe(error)}") from error
+        raise LaunchRefused(f"SGLang refuses these flags: {_describe(error)}") from error
+
+
+def _came_from_model(error: BaseException) -> bool:
+    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    return any("/transformers/" in f or "hf_transformers" in f or f.endswith("/model_config.py") for f in files)
+
+
+def _describe(error: BaseException) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _check_port(host: str, port: int) -> None:
+    """Fail now rather than after the model is loaded. The frontend binds it for good."""
+    if not 0 <= port <= 65535:
+        raise LaunchRefused(f"--port {port}: must be between 0 and 65535")
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind, proto) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise LaunchRefused(f"cannot listen on --host {host} --port {port}: {error}") from error
+
+
+def _plan(paths: Paths, launch_id: str, kevlar: KevlarArgs, server_args: ServerArgs) -> LaunchPlan:
+    from importlib.metadata import version
+
+    view = _decided(server_args)
+    for field in ("tp_size", "pp_size"):
+        if getattr(view, field) < 1:
+            raise LaunchRefused(f"--{field.replace('_', '-')} {getattr(view, field)}: must be at least 1")
+    return LaunchPlan(
+        version=PROTOCOL_VERSION,
+        upstream=version("sglang"),
+        launch_id=launch_id,
+        kevlar=kevlar,
+        tp_size=view.tp_size,
+        pp_size=view.pp_size,
+        gpu_ids=assign_devices(
+            kevlar.worker_groups,
+            view.tp_size * view.pp_size,
+            base=view.base_gpu_id,
+            step=view.gpu_id_step,
+            available=_device_count(view.device),
+        ),
+        host=server_args.host,
+        port=server_args.port,
+        server_args_file=paths.server_args,
+    )
+
+
+def _device_count(device: str) -> int | None:
+    """Devices torch sees; None on CPU, where ranks share what there is."""
+    if device == "cpu":
+        return None
+    import torch
+
+    return torch.get_device_module(device).device_count()
+
+
+def assign_devices(groups: int, ranks: int, *, base: int, step: int, available: int | None) -> list[list[int]]:
+    """Device index of every rank of every group, as upstream counts within one: ``base + rank * step``.
+
+    Groups follow each other. ``available`` None: no devices, all zeros. Raises ``LaunchRefused``.
+    """
+    if available is None:
+        return [[0] * ranks for _ in range(groups)]
+    ids = [[base + (group * ranks + rank) * step for rank in range(ranks)] for group in range(groups)]
+    highest = ids[-1][-1]
+    if highest >= available:
+        where = "" if (base, step) == (0, 1) else f" up to index {highest} (--base-gpu-id {base}, --gpu-id-step {step})"
+        raise LaunchRefused(
+            f"--worker-groups {groups} with {ranks} rank(s) each (tp-size x pp-size) needs {groups * ranks} "
+            f"GPU(s){where}, but torch sees {available}"
+        )
+    return ids
+
+
+if __name__ == "__main__":
+    die_with_parent()
+    raise SystemExit(main(sys.argv[1:]))

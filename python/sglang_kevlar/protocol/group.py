@@ -1,0 +1,53 @@
+"""Messages between a group supervisor (DEALER) and the frontend (ROUTER), msgpack over ``Paths.control``.
+
+A report is a full statement of what the supervisor knows, never a difference: it is sent at every change
+and every ``REPORT_INTERVAL``, so a frontend that starts late or comes back needs nothing else.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+#: seconds between two reports with no change between them
+REPORT_INTERVAL = 0.5
+
+GroupPhase = Literal["starting", "ready", "down", "stopped"]
+
+
+class ProcessRef(msgspec.Struct, frozen=True):
+    """A process that cannot be confused with a later one of the same pid."""
+
+    name: str  # "supervisor", "rank0", ..., "detokenizer"
+    pid: int
+    start_ticks: int  # field 22 of /proc/PID/stat
+
+
+class GroupReport(msgspec.Struct, frozen=True, kw_only=True, tag="report"):
+    group: int
+    epoch: int
+    phase: GroupPhase
+    supervisor: ProcessRef
+    #: ranks and detokenizer of this epoch; empty while down
+    members: list[ProcessRef]
+    #: what the ranks said when they became ready (upstream's Scheduler.get_init_info), rank 0's
+    init_info: dict[str, object] | None = None
+    #: why the last epoch ended, or why this one does not start
+    cause: str = ""
+    #: epochs that ended since this supervisor started, without one becoming ready in between
+    failed_starts: int = 0
+    #: seconds until the next start, while down
+    retry_in: float = 0.0
+
+
+class KillGroup(msgspec.Struct, frozen=True, kw_only=True, tag="kill"):
+    """Frontend to supervisor: this epoch is fenced. Kill it and start the next one.
+
+    Ignored when ``epoch`` is not the current one. ``planned`` skips the back-off (drain, restart by operator).
+    """
+
+    group: int
+    epoch: int
+    cause: str
+    planned: bool = False

@@ -1,0 +1,92 @@
+"""The launch plan and the names of everything in the run directory."""
+
+from __future__ import annotations
+
+import msgspec
+
+PROTOCOL_VERSION = 1
+
+#: Exit status of a child whose configuration can never work (sysexits EX_CONFIG).
+#: The launcher stops the server on it instead of trying again.
+EXIT_CONFIG = 78
+
+
+class KevlarArgs(msgspec.Struct, frozen=True, kw_only=True):
+    """Our own flags, validated. Times are in seconds unless the name says otherwise."""
+
+    worker_groups: int = 2
+    standby_groups: int = 0
+    run_dir: str | None = None
+    #: a process in /proc state T (stopped) for this long makes its group down
+    stop_grace: float = 0.25
+    #: base deadline of one forward step, to which hang_per_ktoken * batch tokens / 1000 is added
+    hang_timeout: float = 30.0
+    hang_per_ktoken: float = 10.0
+    #: a rank that never becomes ready within this time is started again
+    start_timeout: float = 1800.0
+    #: with no group to run on, a request waits this long, then ends with a clear error
+    hold_timeout: float = 60.0
+    hold_queue: int = 4096
+    #: how often one request may be moved to another group
+    max_redirects: int = 8
+    #: refuse a request under which this many groups died with no token delivered in between
+    poison_deaths: int = 2
+    #: internal errors of one group within error_window that make it down
+    error_budget: int = 8
+    error_window: float = 30.0
+    restart_backoff: float = 0.5
+    restart_backoff_max: float = 30.0
+    #: deadline of a control request (flush, weight update, ...) in every group
+    control_timeout: float = 600.0
+    #: tokens between two reports of a request that does not stream
+    journal_interval: int = 4
+
+
+class LaunchPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """``plan.json`` in the run directory: what the launcher resolved, once for all processes."""
+
+    version: int
+    upstream: str
+    launch_id: str
+    kevlar: KevlarArgs
+    tp_size: int
+    pp_size: int
+    #: device index of rank r of group g is gpu_ids[g][r]; zeros on CPU
+    gpu_ids: list[list[int]]
+    host: str
+    port: int
+    #: where upstream's resolved ServerArgs lie, pickled by `launcher.prepare` (same host, same user)
+    server_args_file: str
+
+
+class Paths:
+    """Every file name under one run directory. The only place that spells them."""
+
+    def __init__(self, run_dir: str) -> None:
+        self.run_dir = run_dir
+        self.lock = f"{run_dir}/lock"
+        self.plan = f"{run_dir}/plan.json"
+        self.server_args = f"{run_dir}/server_args.pickle"
+        self.control = f"ipc://{run_dir}/control"
+        self.prometheus = f"{run_dir}/metrics"
+        #: a directory with one file per running role, "pid start_ticks", read by the janitor
+        self.processes = f"{run_dir}/processes"
+
+        #: what was changed at run time (weights, adapters), for a frontend that takes over
+        self.changes = f"{run_dir}/changes.pickle"
+
+    def epoch_file(self, group: int) -> str:
+        return f"{self.run_dir}/g{group}.epoch"
+
+    def heartbeat(self, group: int, epoch: int, member: str) -> str:
+        """``member`` is ``rank0``, ``rank1``, ... or ``detokenizer``."""
+        return f"{self.run_dir}/g{group}e{epoch}.{member}.hb"
+
+    def channel(self, group: int, epoch: int, name: str) -> str:
+        """ZMQ endpoint of one incarnation; ``name``: tokenizer, scheduler, detokenizer, rpc, metrics."""
+        return f"ipc://{self.run_dir}/g{group}e{epoch}.{name}"
+
+
+def instance_id(launch_id: str, group: int, epoch: int) -> str:
+    """Upstream derives its /dev/shm load snapshot from this; the janitor removes it by ``launch_id``."""
+    return f"kevlar-{launch_id}-g{group}e{epoch}"

@@ -1,0 +1,361 @@
+"""Every class, method, field and constant of SGLang 0.5.21 that we rely on, by the process that uses it.
+
+``signature`` where upstream calls what we overrode or replaced, ``passes`` where we call, ``fields`` what we read or
+set on an object. An empty name is the module itself.
+"""
+
+from __future__ import annotations
+
+from sglang_kevlar.upstream.contract import Role, Seam
+
+#: files in patches/0.5.21
+PATCHES: tuple[str, ...] = ()
+
+_PREPARE: tuple[Role, ...] = ("prepare",)
+_FRONTEND: tuple[Role, ...] = ("frontend",)
+_RANK: tuple[Role, ...] = ("rank",)
+_DETOKENIZER: tuple[Role, ...] = ("detokenizer",)
+_SERVING: tuple[Role, ...] = ("frontend", "rank", "detokenizer")
+_ALL: tuple[Role, ...] = ("prepare", "frontend", "rank", "detokenizer")
+_CPU: tuple[Role, ...] = ("cpu",)
+
+
+def _seam(
+    target: str,
+    roles: tuple[Role, ...],
+    *,
+    signature: str | None = None,
+    passes: str = "",
+    fields: str = "",
+    equals: str | int | None = None,
+) -> Seam:
+    return Seam(
+        target="sglang." + target,
+        roles=roles,
+        signature=None if signature is None else tuple(signature.split()),
+        passes=tuple(passes.split()),
+        fields=tuple(fields.split()),
+        equals=equals,
+    )
+
+
+def _methods(cls: str, roles: tuple[Role, ...], **signatures: str) -> tuple[Seam, ...]:
+    """Methods that we override: upstream calls them with these parameters."""
+    return tuple(_seam(f"{cls}.{name}", roles, signature=f"self {names}") for name, names in signatures.items())
+
+
+_START = (
+    _seam("srt.server_args:prepare_server_args", _PREPARE, signature="argv"),
+    _seam("srt.server_args:ServerArgs", _PREPARE, fields="resolve_once check_server_args add_cli_args __reduce__"),
+    _seam("srt.server_args:ServerArgs", _ALL, fields="host port model_path tp_size pp_size"),
+    _seam("srt.arg_groups.overrides:resolving_view", _PREPARE, signature="server_args"),
+    _seam("srt.arg_groups.model_override_base:model_config_of", _PREPARE, signature="server_args"),
+    _seam("srt.configs.model_config:ModelConfig", _PREPARE, fields="is_multimodal hf_config model_path"),
+    _seam("srt.entrypoints.engine:_set_envs_and_config", _PREPARE, signature="server_args"),
+    _seam("srt.parser.template_detection:resolve_auto_parsers", _PREPARE, signature="server_args"),
+    _seam("srt.utils:configure_logger", _PREPARE, passes="server_args"),
+    _seam("srt.plugins:load_plugins", _ALL, signature=""),
+    _seam("srt.plugins.hook_registry:HookRegistry", _ALL, fields="_hooks _patched"),
+    _seam("srt.plugins.hook_registry:HookRegistry.register", _ALL, passes="target hook hook_type"),
+    _seam("srt.plugins.hook_registry:HookType", _ALL, fields="AFTER AROUND"),
+    _seam("srt.utils:set_ulimit", _RANK + _DETOKENIZER, passes=""),
+)
+
+_IPC = (
+    _seam(
+        "srt.server_args:PortArgs",
+        _SERVING,
+        signature="tokenizer_ipc_name scheduler_input_ipc_name detokenizer_ipc_name nccl_port rpc_ipc_name "
+        "metrics_ipc_name tokenizer_worker_ipc_name decoupled_spec_ipc_config load_collector_ipc_name instance_id",
+    ),
+    _seam("srt.managers.io_struct:", _SERVING),
+    _seam("srt.managers.io_struct:hook_custom_types", _FRONTEND + _RANK),
+    _seam("srt.managers.io_struct:sock_send", _FRONTEND, signature="socket obj flags"),
+    _seam("srt.managers.io_struct:sock_recv", _FRONTEND, signature="socket flags"),
+    _seam("srt.managers.io_struct:msgpack_decode", _FRONTEND, signature="data"),
+    _seam("srt.managers.io_struct:_USE_PICKLE_IPC", _FRONTEND),
+    _seam("srt.managers.io_struct:BaseReq", _FRONTEND + _RANK, fields="rid"),
+    _seam(
+        "srt.managers.io_struct:TokenizedGenerateReqInput",
+        _FRONTEND + _RANK,
+        fields="rid input_ids sampling_params stream session_params input_embeds positional_embed_overrides mm_inputs "
+        "return_hidden_states lora_id extra_key cache_salt",
+    ),
+    _seam("srt.managers.io_struct:TokenizedEmbeddingReqInput", _FRONTEND + _RANK, fields="rid input_ids lora_id"),
+    _seam("srt.managers.io_struct:BatchTokenizedGenerateReqInput", _FRONTEND + _RANK, fields="__iter__"),
+    _seam("srt.managers.io_struct:BatchTokenizedEmbeddingReqInput", _FRONTEND + _RANK, fields="__iter__"),
+    _seam("srt.managers.io_struct:AbortReq", _FRONTEND + _RANK, fields="rid finished_reason abort_message abort_all"),
+    _seam(
+        "srt.managers.io_struct:BatchStrOutput",
+        _FRONTEND,
+        fields="rids finished_reasons output_strs output_ids cached_tokens customized_info",
+    ),
+    _seam(
+        "srt.managers.io_struct:BatchTokenIDOutput",
+        _FRONTEND,
+        fields="rids finished_reasons output_ids cached_tokens customized_info",
+    ),
+    _seam("srt.managers.io_struct:BatchEmbeddingOutput", _FRONTEND, fields="rids finished_reasons"),
+    _seam("srt.managers.io_struct:GenerateReqInput", _FRONTEND, fields="rid input_ids sampling_params log_metrics"),
+    _seam("srt.managers.io_struct:EmbeddingReqInput", _FRONTEND, fields="rid input_ids sampling_params log_metrics"),
+    _seam("srt.managers.io_struct:PauseGenerationReqInput", _FRONTEND, fields="mode"),
+    _seam("srt.managers.io_struct:UpdateWeightFromDiskReqInput", _FRONTEND, fields="model_path load_format"),
+    _seam(
+        "srt.managers.io_struct:UpdateWeightFromDiskReqOutput", _FRONTEND, fields="success message num_paused_requests"
+    ),
+    _seam("srt.managers.io_struct:LoadLoRAAdapterReqInput", _FRONTEND, fields="lora_name"),
+    _seam("srt.managers.io_struct:LoadLoRAAdapterFromTensorsReqInput", _FRONTEND, fields="lora_name"),
+    _seam("srt.managers.io_struct:UnloadLoRAAdapterReqInput", _FRONTEND, fields="lora_name"),
+    *(
+        _seam(f"srt.managers.io_struct:{name}", _FRONTEND)
+        for name in (
+            "BeginWeightUpdateReqInput",
+            "ContinueGenerationReqInput",
+            "InitWeightsUpdateGroupReqInput",
+            "OpenSessionReqInput",
+            "ShutdownReq",
+            "UpdateWeightVersionReqInput",
+            "UpdateWeightsFromDistributedReqInput",
+            "UpdateWeightsFromIPCReqInput",
+            "UpdateWeightsFromTensorReqInput",
+        )
+    ),
+    _seam(
+        "srt.sampling.sampling_params:SamplingParams",
+        _FRONTEND + _RANK,
+        fields="stream_interval max_new_tokens beam_width",
+    ),
+)
+
+_TOKENIZER_MANAGER = "srt.managers.tokenizer_manager:TokenizerManager"
+_FRONTEND_SEAMS = (
+    _seam("srt.entrypoints.http_server:app", _FRONTEND),
+    _seam("srt.entrypoints.http_server:HEALTH_CHECK_TIMEOUT", _FRONTEND),
+    _seam(
+        "srt.entrypoints.http_server:_setup_and_run_http_server",
+        _FRONTEND,
+        passes="server_args tokenizer_manager template_manager port_args scheduler_infos subprocess_watchdog",
+    ),
+    *(
+        _seam(f"srt.entrypoints.http_server:{endpoint}", _FRONTEND)
+        for endpoint in ("health_generate", "ready", "lifespan")
+    ),
+    _seam(
+        "srt.entrypoints.engine:Engine._launch_subprocesses",
+        _FRONTEND,
+        passes="server_args init_tokenizer_manager_func run_scheduler_process_func run_detokenizer_process_func "
+        "port_args",
+    ),
+    _seam(
+        "srt.entrypoints.engine:Engine._launch_scheduler_processes",
+        _FRONTEND,
+        signature="cls server_args port_args run_scheduler_process_func placement_group",
+    ),
+    _seam(
+        "srt.entrypoints.engine:Engine._launch_detokenizer_subprocesses",
+        _FRONTEND,
+        signature="cls server_args port_args run_detokenizer_process_func",
+    ),
+    _seam(
+        "srt.entrypoints.engine:Engine",
+        _FRONTEND,
+        fields="tokenizer_manager loop shutdown",
+    ),
+    _seam("srt.entrypoints.engine:SchedulerInitResult", _FRONTEND, passes="scheduler_infos wait_for_ready"),
+    _seam(
+        "srt.entrypoints.engine:init_tokenizer_manager",
+        _FRONTEND,
+        passes="server_args port_args TokenizerManagerClass",
+    ),
+    _seam(
+        _TOKENIZER_MANAGER,
+        _FRONTEND,
+        passes="server_args port_args",
+        fields="_result_dispatcher rid_to_state asyncio_tasks gracefully_exit server_status last_receive_tstamp "
+        "is_generation enable_metrics load_snapshot_reader recv_from_detokenizer send_to_scheduler "
+        "tokenizer_ipc_name _server_stop_hook",
+    ),
+    *_methods(
+        _TOKENIZER_MANAGER,
+        _FRONTEND,
+        init_ipc_channels="port_args",
+        init_communicators="",
+        handle_loop="",
+        generate_request="obj request",
+        _dispatch_to_scheduler="obj",
+        _async_dispatch_to_scheduler="obj",
+        open_session="obj request",
+        update_request_meta_info="meta_info state customized_info index finish_reason",
+        _wait_for_model_update_from_disk="obj",
+        sigterm_watchdog="",
+    ),
+    _seam(_TOKENIZER_MANAGER + "._handle_batch_output", _FRONTEND, signature="self recv_obj"),
+    _seam(_TOKENIZER_MANAGER + "._handle_abort_req", _FRONTEND, signature="self recv_obj"),
+    _seam(_TOKENIZER_MANAGER + "._update_model_path_info", _FRONTEND, signature="self model_path load_format"),
+    _seam(_TOKENIZER_MANAGER + ".config_value", _FRONTEND, signature="self name"),
+    _seam(_TOKENIZER_MANAGER + ".auto_create_handle_loop", _FRONTEND, signature="self"),
+    _seam("srt.managers.tokenizer_manager:ReqState.get_text", _FRONTEND, signature="self"),
+    _seam("srt.managers.tokenizer_manager:ServerStatus", _FRONTEND, fields="Starting"),
+    _seam("srt.managers.tokenizer_control_mixin:_COMMUNICATOR_SPECS", _FRONTEND),
+    *_methods("srt.managers.communicator:FanOutCommunicator", _FRONTEND, set_fan_out="fan_out"),
+    _seam("srt.managers.load_snapshot:LoadSnapshot", _FRONTEND, fields="num_waiting_reqs"),
+    _seam("srt.managers.load_snapshot:ShmLoadSnapshotReader", _FRONTEND, signature="path dp_size", fields="close"),
+    _seam("srt.managers.load_snapshot:ShmLoadSnapshotReader.read", _FRONTEND, signature="self dp_rank"),
+    _seam("srt.managers.load_snapshot:shm_path_for", _FRONTEND, signature="ipc_name"),
+    _seam("srt.runtime_context:get_lora", _FRONTEND, signature=""),
+    _seam("srt.constants:HEALTH_CHECK_RID_PREFIX", _FRONTEND),
+    _seam("srt.utils.auth:AuthLevel", _FRONTEND, fields="ADMIN_OPTIONAL"),
+    _seam("srt.utils.auth:auth_level", _FRONTEND, signature="level"),
+    _seam("srt.environ:envs", _FRONTEND),
+    _seam(
+        "srt.environ:Envs",
+        _FRONTEND,
+        fields="SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION SGLANG_DIAG_BYPASS_HEALTH_GENERATE",
+    ),
+)
+
+_SCHEDULER = "srt.managers.scheduler:Scheduler"
+_REQ = "srt.managers.schedule_batch:Req"
+_BATCH = "srt.managers.schedule_batch:ScheduleBatch"
+_WORKER_SEAMS = (
+    _seam(
+        "srt.managers.scheduler:run_scheduler_process",
+        _RANK,
+        passes="server_args port_args gpu_id tp_rank pp_rank dp_rank pipe_writer",
+    ),
+    _seam("srt.utils:maybe_reindex_device_id", _RANK, signature="gpu_id"),
+    _seam(
+        _SCHEDULER,
+        _RANK,
+        fields="grammar_manager waiting_queue ipc_channels batch_result_processor model_config dllm_config "
+        "gracefully_exit _request_dispatcher",
+    ),
+    *_methods(
+        _SCHEDULER,
+        _RANK,
+        init_request_dispatcher="",
+        _add_request_to_queue="req is_retracted",
+        _abort_on_queued_limit="recv_req",
+        _forward_isolation="batch overlap",
+        run_batch="batch pp_proxy_tensors",
+        process_input_requests="recv_reqs",
+        on_idle="",
+        _record_scheduler_state_for_paused_engine="",
+    ),
+    _seam(_SCHEDULER + ".handle_generate_request", _RANK, passes="recv_req"),
+    _seam("utils:TypeBasedDispatcher", _RANK, signature="mapping", fields="__iadd__"),
+    _seam("srt.managers.scheduler_components.output_sender:SenderWrapper.send_output", _RANK, passes="output recv_obj"),
+    _seam("srt.constrained.grammar_manager:GrammarManager", _RANK, fields="grammar_queue"),
+    _seam("srt.constrained.base_grammar_backend:BaseGrammarObject", _RANK, fields="accept_token is_terminated"),
+    _seam(
+        "srt.managers.scheduler_components.batch_result_processor:"
+        "SchedulerBatchResultProcessor._maybe_update_reasoning_tokens",
+        _RANK,
+        signature="self req next_token_id",
+    ),
+    _seam(
+        _REQ,
+        _RANK,
+        fields="output_ids is_retracted retracted_stain cached_tokens cached_tokens_device send_token_offset "
+        "return_logprob logprob_start_len input_logprob_sent send_output_token_logprobs_offset logprob grammar "
+        "to_finish finished_reason finished_len origin_input_ids sampling_params full_untruncated_fill_ids "
+        "prefix_indices",
+    ),
+    _seam(_REQ + ".set_finish_with_abort", _RANK, passes="error_msg status_code err_type"),
+    _seam(_REQ + ".finished", _RANK, signature="self"),
+    _seam(_REQ + "._check_str_based_finish", _RANK, passes=""),
+    _seam(_REQ + "._check_token_based_finish", _RANK, passes="new_accepted_tokens"),
+    _seam(
+        "srt.managers.schedule_batch:ReqLogprob",
+        _RANK,
+        fields="output_token_logprobs_val output_token_logprobs_idx output_top_logprobs_val output_top_logprobs_idx "
+        "output_token_ids_logprobs_val output_token_ids_logprobs_idx",
+    ),
+    _seam(
+        _BATCH,
+        _RANK,
+        fields="reqs forward_mode extend_num_tokens sampling_info input_ids decoding_reqs enable_overlap "
+        "spec_algorithm device",
+    ),
+    *_methods(_BATCH, _RANK, cumulate_penalty_output_tokens=""),
+    _seam("srt.sampling.sampling_batch_info:SamplingBatchInfo", _RANK, fields="penalizer_orchestrator"),
+    *_methods(
+        "srt.sampling.sampling_batch_info:SamplingBatchInfo", _RANK, adjusted_from_schedule_batch="batch vocab_size"
+    ),
+    _seam(
+        "srt.sampling.penaltylib:BatchedPenalizerOrchestrator",
+        _RANK,
+        fields="is_required penalizers vocab_size cumulate_output_tokens",
+    ),
+    *(
+        _seam(f"srt.sampling.penaltylib:{penalizer}", _RANK, fields=f"is_prepared {fields}")
+        for penalizer, fields in (
+            ("BatchedFrequencyPenalizer", "frequency_penalties cumulated_frequency_penalties"),
+            ("BatchedPresencePenalizer", "presence_penalties cumulated_presence_penalties"),
+            ("BatchedRepetitionPenalizer", "repetition_penalties cumulated_repetition_penalties"),
+            ("BatchedMinNewTokensPenalizer", "len_output_tokens"),
+        )
+    ),
+    _seam("srt.utils.common:is_pin_memory_available", _RANK, passes="device"),
+    _seam("srt.runtime_context:get_parallel", _RANK, signature=""),
+    _seam("srt.runtime_context:get_observability", _RANK, signature=""),
+    _seam("srt.runtime_context:get_context", _RANK, signature=""),
+    _seam("srt.runtime_context:RuntimeContext.override", _RANK, passes="source extra_metric_labels"),
+    _seam(
+        "srt.managers.detokenizer_manager:run_detokenizer_process",
+        _DETOKENIZER,
+        passes="server_args port_args detokenizer_manager_class",
+    ),
+    _seam("srt.managers.detokenizer_manager:DetokenizerManager", _DETOKENIZER, fields="_request_dispatcher"),
+    *_methods(
+        "srt.managers.detokenizer_manager:DetokenizerManager",
+        _DETOKENIZER,
+        init_request_dispatcher="",
+        event_loop="",
+    ),
+)
+
+#: Checked on the spot by ``platform.hooks`` on a CPU; here for ``scripts/check_upstream.py`` and the tests.
+_ALLOCATOR = "srt.mem_cache.allocator:PagedTokenToKVPoolAllocator"
+_CPU_SEAMS = (
+    _seam("srt.platforms.cpu:CpuDeviceMixin", _CPU),
+    _seam(
+        "srt.platforms.interface:SRTPlatform",
+        _CPU,
+        fields="is_out_of_tree is_pin_memory_available apply_server_args_defaults init_backend "
+        "get_default_attention_backend get_mha_kv_pool_cls get_mla_kv_pool_cls get_paged_allocator_cls "
+        "get_compile_backend get_dispatch_key_name",
+    ),
+    _seam("srt.arg_groups.choices:DETERMINISTIC_ATTENTION_BACKEND_CHOICES", _CPU),
+    _seam("srt.arg_groups.choices:RADIX_SUPPORTED_DETERMINISTIC_ATTENTION_BACKEND", _CPU),
+    _seam("srt.mem_cache.memory_pool:MHATokenToKVPool", _CPU),
+    _seam("srt.mem_cache.allocator:BaseTokenToKVPoolAllocator", _CPU),
+    _seam("srt.mem_cache.allocator:TokenToKVPoolAllocator", _CPU, signature="size dtype device kvcache need_sort"),
+    _seam(
+        _ALLOCATOR,
+        _CPU,
+        signature="size page_size dtype device kvcache need_sort",
+        fields="free_pages page_size debug_mode merge_and_sort_free",
+    ),
+    *_methods(
+        _ALLOCATOR,
+        _CPU,
+        alloc_extend="prefix_lens prefix_lens_cpu seq_lens seq_lens_cpu last_loc extend_num_tokens num_new_pages",
+        alloc_decode="seq_lens seq_lens_cpu last_loc",
+    ),
+    _seam("srt.layers.sampler:murmur_hash32", _CPU, signature="seed positions col_indices"),
+    _seam("srt.layers.sampler:multinomial_with_seed", _CPU, signature="logprobs seed positions"),
+    _seam("srt.layers.sampler:sampling_from_probs_torch", _CPU, signature="probs sampling_seed positions"),
+    _seam(
+        "srt.layers.sampler:top_k_top_p_min_p_sampling_from_probs_torch",
+        _CPU,
+        signature="probs top_ks top_ps min_ps need_min_p_sampling sampling_seed positions return_filtered_probs",
+    ),
+    _seam("srt.batch_invariant_ops:enable_batch_invariant_mode", _CPU, signature="enable_bmm"),
+    _seam("srt.distributed.bootstrap:_bind_threads_if_cpu", _CPU, signature="device"),
+    _seam("srt.distributed.bootstrap:_init_cpu_threads_env", _CPU, signature="local_omp_cpuid dist_init_method"),
+    _seam("srt.lora.layers:torch", _CPU),
+    _seam("srt.lora.backend.torch_backend:torch", _CPU),
+)
+
+SEAMS: tuple[Seam, ...] = (*_START, *_IPC, *_FRONTEND_SEAMS, *_WORKER_SEAMS, *_CPU_SEAMS)

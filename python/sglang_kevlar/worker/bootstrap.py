@@ -1,0 +1,128 @@
+"""What a rank and a detokenizer have in common before SGLang takes over."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
+
+from sglang_kevlar.launcher.status import StatusWriter
+from sglang_kevlar.protocol.launch import EXIT_CONFIG, LaunchPlan, Paths, instance_id
+from sglang_kevlar.worker.heartbeat import HeartbeatWriter
+
+if TYPE_CHECKING:
+    from sglang.srt.server_args import PortArgs, ServerArgs
+
+
+class Incarnation:
+    """This process: a member of one epoch of one worker group."""
+
+    def __init__(self, args: argparse.Namespace, role: Literal["rank", "detokenizer"], member: str) -> None:
+        self.role = role
+        self.paths = Paths(args.run_dir)
+        self.group: int = args.group
+        self.epoch: int = args.epoch
+        self.member = member
+        self.dist_port: int = args.dist_port
+        self.status = StatusWriter(args.ready_fd)
+        with open(self.paths.plan, "rb") as file:
+            self.plan = msgspec.json.decode(file.read(), type=LaunchPlan)
+        self.instance_id = instance_id(self.plan.launch_id, self.group, self.epoch)
+        self.heartbeat = HeartbeatWriter(
+            self.paths.heartbeat(self.group, self.epoch, member), f"{self.instance_id}.{member}.hb"
+        )
+
+    def load_upstream(self) -> ServerArgs:
+        """Import SGLang with our plug-ins, verified, and load what the launcher resolved."""
+        from sglang_kevlar.platform import torchvision_shim
+        from sglang_kevlar.upstream import saved_args
+
+        torchvision_shim.install()
+        server_args = saved_args.load(self.plan.server_args_file)
+
+        import multiprocessing
+
+        from sglang.srt.plugins import load_plugins
+        from sglang.srt.utils import set_ulimit
+
+        from sglang_kevlar.upstream import contract, plugin
+
+        load_plugins()
+        contract.check(self.role)
+        plugin.verify_applied()
+        # Both are inherited from the parent where upstream's parent starts this process.
+        set_ulimit()
+        multiprocessing.set_start_method("spawn", force=True)
+        return server_args
+
+    def port_args(self) -> PortArgs:
+        """Channels of this incarnation alone, which is what makes closing them a fence."""
+        from sglang.srt.server_args import PortArgs
+
+        def channel(name: str) -> str:
+            return self.paths.channel(self.group, self.epoch, name)
+
+        return PortArgs(
+            tokenizer_ipc_name=channel("tokenizer"),
+            scheduler_input_ipc_name=channel("scheduler"),
+            detokenizer_ipc_name=channel("detokenizer"),
+            nccl_port=self.dist_port,
+            rpc_ipc_name=channel("rpc"),
+            metrics_ipc_name=channel("metrics"),
+            tokenizer_worker_ipc_name=None,
+            decoupled_spec_ipc_config=None,
+            instance_id=self.instance_id,
+        )
+
+    def label_metrics(self) -> None:
+        """Tell the groups apart in upstream's metrics. After `publish`, before anything makes a collector."""
+        from sglang.srt.runtime_context import get_context, get_observability
+
+        labels = {**(get_observability().extra_metric_labels or {}), "worker_group": str(self.group)}
+        get_context().override("sglang_kevlar", extra_metric_labels=labels)
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--run-dir", required=True)
+    for name in ("--group", "--epoch", "--dist-port", "--ready-fd"):
+        parser.add_argument(name, type=int, required=True)
+    return parser
+
+
+def run_member(incarnation: Incarnation, body: Callable[[], bool]) -> None:
+    """Run ``body`` and end the process; never returns. ``body`` says whether it ended as it should.
+
+    The end is immediate: threads of a broken engine must not keep the process, and with it its group, alive.
+    """
+    status = 1
+    try:
+        status = 0 if body() else 1
+    except BaseException as error:
+        traceback.print_exc()
+        status = _status_of(error)
+        incarnation.status.send({"status": "error", "error": describe(error)})
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _status_of(error: BaseException) -> int:
+    if isinstance(error, SystemExit) and isinstance(error.code, int):
+        return error.code
+    contract = sys.modules.get("sglang_kevlar.upstream.contract")
+    mismatch = getattr(contract, "UpstreamMismatch", None)
+    # Another try meets the same upstream.
+    return EXIT_CONFIG if mismatch is not None and isinstance(error, mismatch) else 1
+
+
+def describe(error: BaseException) -> str:
+    """One line for the operator, bounded."""
+    text = " ".join(str(error).split())[:1000]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

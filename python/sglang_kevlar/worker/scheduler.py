@@ -1,0 +1,181 @@
+"""Upstream's scheduler, which can also take up a request in the middle and say whether it is alive."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http import HTTPStatus
+from typing import Any, ClassVar, Protocol
+
+from sglang.srt.managers.io_struct import (
+    AbortReq,
+    BatchTokenizedEmbeddingReqInput,
+    BatchTokenizedGenerateReqInput,
+    TokenizedEmbeddingReqInput,
+    TokenizedGenerateReqInput,
+)
+from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+from sglang.srt.managers.scheduler import Scheduler
+from sglang.srt.runtime_context import get_parallel
+from sglang.utils import TypeBasedDispatcher
+
+from sglang_kevlar.worker.penalties import count_inputs
+from sglang_kevlar.worker.resume import (
+    ResumedGenerateReqInput,
+    StartedReqOutput,
+    apply_resume,
+    register_wire_types,
+    undo_resume,
+    why_not_resumable,
+)
+
+logger = logging.getLogger(__name__)
+
+#: What is queued and answered by forward passes; everything else is answered at once, by the loop itself.
+_WORK = (
+    TokenizedGenerateReqInput,
+    BatchTokenizedGenerateReqInput,
+    TokenizedEmbeddingReqInput,
+    BatchTokenizedEmbeddingReqInput,
+)
+
+
+class Heartbeat(Protocol):
+    """Called at every step, from the scheduler's thread: microseconds at most. See ``protocol.heartbeat``."""
+
+    def forward(self, tokens: int) -> None: ...
+
+    def idle(self) -> None: ...
+
+    def control(self) -> None: ...
+
+
+class KevlarScheduler(Scheduler):  # type: ignore[misc]
+    #: Set on the class by the rank process before it constructs the scheduler.
+    heartbeat: ClassVar[Heartbeat | None] = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        register_wire_types()
+        #: the resume of the request that is just being taken in
+        self._arriving_resume: Any = None
+        super().__init__(*args, **kwargs)
+        #: Tokens of the batches that may be in flight. With overlap a step waits for the batch before; a pipeline
+        #: stage waits for all microbatches.
+        parallel = get_parallel()
+        depth = parallel.pp_size + parallel.pp_async_batch_depth if parallel.pp_size > 1 else 2
+        self._in_flight: deque[int] = deque(maxlen=depth)
+
+    # --- resuming a request
+
+    def init_request_dispatcher(self) -> None:
+        super().init_request_dispatcher()
+        self._request_dispatcher += TypeBasedDispatcher([(ResumedGenerateReqInput, self.handle_resumed_request)])
+
+    def handle_resumed_request(self, recv_req: ResumedGenerateReqInput) -> None:
+        """Take in a request that already has output. Whatever is wrong with it ends the request, not the scheduler."""
+        if reason := why_not_resumable(recv_req):
+            self._refuse_resume(recv_req, reason)
+            return
+        queued_for_grammar = len(self.grammar_manager.grammar_queue)
+        self._arriving_resume = recv_req.resume
+        try:
+            self.handle_generate_request(recv_req)
+        finally:
+            self._arriving_resume = None
+        # Its grammar is being compiled: it comes to _add_request_to_queue later, with the resume on it.
+        for req in self.grammar_manager.grammar_queue[queued_for_grammar:]:
+            req.kevlar_resume = recv_req.resume
+
+    def _refuse_resume(self, recv_req: ResumedGenerateReqInput, reason: str) -> None:
+        message = f"Request {recv_req.rid} cannot be continued after the loss of its worker group: {reason}."
+        logger.error(message)
+        finished_reason = {"type": "abort", "status_code": HTTPStatus.SERVICE_UNAVAILABLE, "message": message}
+        self.ipc_channels.send_to_tokenizer.send_output(
+            AbortReq(rid=recv_req.rid, finished_reason=finished_reason), recv_req
+        )
+
+    def _add_request_to_queue(self, req: Req, is_retracted: bool = False) -> None:
+        resume = req.__dict__.pop("kevlar_resume", None) or self._arriving_resume
+        if resume is not None and req.to_finish is None and not req.finished():
+            try:
+                apply_resume(req, resume, self)
+                req.kevlar_resuming = True
+            except Exception as error:
+                undo_resume(req)
+                req.set_finish_with_abort(
+                    f"Request {req.rid} cannot be continued after the loss of its worker group: {error}.",
+                    status_code=HTTPStatus.SERVICE_UNAVAILABLE,
+                    err_type="ServiceUnavailableError",
+                )
+        super()._add_request_to_queue(req, is_retracted)
+        if resume is not None and self.waiting_queue and self.waiting_queue[-1] is req:
+            self._move_to_front(req)
+
+    def _move_to_front(self, req: Req) -> None:
+        """A client that already sees its answer does not wait behind new requests."""
+        self.waiting_queue.pop()
+        position = next((i for i, queued in enumerate(self.waiting_queue) if not queued.retracted_stain), None)
+        self.waiting_queue.insert(len(self.waiting_queue) if position is None else position, req)
+
+    def _abort_on_queued_limit(self, recv_req: Req) -> bool:
+        # --max-queued-requests is for new work; a stream that has begun is not turned away.
+        return False if recv_req.retracted_stain else super()._abort_on_queued_limit(recv_req)
+
+    def _report_started(self, batch: ScheduleBatch) -> None:
+        """Tell the frontend which requests run for the first time here, before they do: they may be what kills us.
+
+        And how much of a resumed one is prefilled again: all that no prefix in the tree covers.
+        """
+        for req in batch.reqs:
+            if "kevlar_started" not in req.__dict__:
+                req.kevlar_started = True
+                resumed = req.__dict__.pop("kevlar_resuming", False)
+                recomputed = len(req.full_untruncated_fill_ids) - len(req.prefix_indices) if resumed else 0
+                report = StartedReqOutput(rid=req.rid, recomputed_tokens=recomputed)
+                self.ipc_channels.send_to_tokenizer.send_output(report, req)
+
+    # --- penalties under the overlap schedule
+
+    @contextmanager
+    def _forward_isolation(self, batch: ScheduleBatch, *, overlap: bool) -> Iterator[None]:
+        if overlap:
+            count_inputs(batch)
+        with super()._forward_isolation(batch, overlap=overlap):
+            yield
+
+    # --- heartbeat
+
+    def run_batch(self, batch: ScheduleBatch, *args: Any, **kwargs: Any) -> Any:
+        if batch.forward_mode.is_extend():
+            self._report_started(batch)
+        if self.heartbeat is not None:
+            extend = batch.forward_mode.is_extend() and batch.extend_num_tokens
+            self._in_flight.append(extend or len(batch.reqs))
+            self.heartbeat.forward(sum(self._in_flight))
+        return super().run_batch(batch, *args, **kwargs)
+
+    def process_input_requests(self, recv_reqs: list[Any]) -> None:
+        if self.heartbeat is None or not recv_reqs:
+            super().process_input_requests(recv_reqs)
+            return
+        if not all(isinstance(recv_req, _WORK) for recv_req in recv_reqs):
+            self.heartbeat.control()
+        super().process_input_requests(recv_reqs)
+        # Scheduling what arrived is work with a deadline. If nothing comes of it, the loop says idle.
+        self.heartbeat.forward(sum(self._in_flight))
+
+    def on_idle(self) -> None:
+        self._beat_idle()
+        super().on_idle()
+
+    def _record_scheduler_state_for_paused_engine(self) -> None:
+        # A paused engine neither runs batches nor counts as idle upstream.
+        self._beat_idle()
+        super()._record_scheduler_state_for_paused_engine()
+
+    def _beat_idle(self) -> None:
+        if self.heartbeat is not None:
+            self._in_flight.clear()
+            self.heartbeat.idle()

@@ -1,0 +1,361 @@
+"""``python -m sglang_kevlar.worker.supervisor``: the parent of one worker group.
+
+Starts the group's ranks and detokenizer, and when any of them ends, kills the others and starts the next epoch.
+It imports neither torch nor sglang, so it is there in a moment and has little to die of. Single-threaded: a
+parent-death signal follows the thread that started the child.
+"""
+
+from __future__ import annotations
+
+from sglang_kevlar.launcher.process import die_with_parent
+
+if __name__ == "__main__":
+    die_with_parent()
+
+import argparse
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+import msgspec
+import zmq
+
+from sglang_kevlar.control.backoff import Backoff
+from sglang_kevlar.launcher.process import identify, record
+from sglang_kevlar.launcher.rundir import end_recorded
+from sglang_kevlar.launcher.status import EXIT_FAILED_START, StatusWriter
+from sglang_kevlar.protocol.group import REPORT_INTERVAL, GroupPhase, GroupReport, KillGroup, ProcessRef
+from sglang_kevlar.protocol.launch import EXIT_CONFIG, LaunchPlan, Paths
+from sglang_kevlar.worker import group_files
+from sglang_kevlar.worker.member import Member
+from sglang_kevlar.worker.stderr import PassThrough
+
+#: seconds between SIGTERM and SIGKILL at shutdown
+_STOP_TIMEOUT = 5.0
+
+#: command lines of the members of an epoch by name; the supervisor appends ``--ready-fd N``
+Commands = Callable[[int], Mapping[str, Sequence[str]]]
+
+
+class Supervisor:
+    """One worker group: the loop, the epoch, the reports."""
+
+    def __init__(
+        self,
+        paths: Paths,
+        plan: LaunchPlan,
+        group: int,
+        commands: Commands,
+        *,
+        status: StatusWriter | None = None,
+        exit_on_failed_start: bool = False,
+    ) -> None:
+        self._paths = paths
+        self._plan = plan
+        self._group = group
+        self._commands = commands
+        self._status = status
+        self._exit_on_failed_start = exit_on_failed_start
+        self._backoff = Backoff(plan.kevlar.restart_backoff, plan.kevlar.restart_backoff_max)
+        identity = identify(os.getpid())
+        assert identity is not None
+        self._self_ref = ProcessRef("supervisor", *identity)
+
+        self._epoch = 0
+        self._phase: GroupPhase = "down"
+        self._members: dict[str, Member] = {}
+        self._cause = ""
+        self._failed_starts = 0
+        self._ready_at: float | None = None
+        self._start_deadline = float("inf")
+        self._next_start = 0.0
+        self._next_report = 0.0
+        self._stop_deadline: float | None = None
+        self._exit_status = 0
+        self._ending = False
+
+        self._handlers: dict[object, Callable[[], None]] = {}
+        self._poller = zmq.Poller()
+        self._terminal = PassThrough()
+        self._control = self._connect()
+        self._wakeup = self._catch_signals()
+
+    # -- the loop
+
+    def run(self) -> int:
+        """Until SIGTERM, or a failure that another try cannot cure. Returns the exit status."""
+        self._clean_up()  # after a previous supervisor that was killed
+        self._epoch = group_files.read_epoch(self._paths, self._group)
+        while not self._finished():
+            now = time.monotonic()
+            if self._may_start(now):
+                self._start()
+            if now >= self._next_report:
+                self._report()
+            for source, _ in self._poller.poll(self._timeout_ms()):
+                # A handler may have closed what a later event of this round is about.
+                if (handler := self._handlers.get(source)) is not None:
+                    handler()
+            self._check_deadlines()
+        self._phase = "stopped"
+        self._report()
+        self._control.close(linger=200)
+        zmq.Context.instance().term()
+        return self._exit_status
+
+    def _finished(self) -> bool:
+        return not self._members and (self._stop_deadline is not None or self._exit_status != 0)
+
+    def _may_start(self, now: float) -> bool:
+        return not self._members and self._stop_deadline is None and now >= self._next_start
+
+    def _timeout_ms(self) -> int:
+        deadlines = [self._next_report]
+        if self._phase == "starting":
+            deadlines.append(self._start_deadline)
+        if not self._members:
+            deadlines.append(self._next_start)
+        if self._stop_deadline is not None:
+            deadlines.append(self._stop_deadline)
+        return max(0, int((min(deadlines) - time.monotonic()) * 1000) + 1)
+
+    def _check_deadlines(self) -> None:
+        now = time.monotonic()
+        if self._phase == "starting" and now >= self._start_deadline:
+            # We may have been stopped ourselves: what members said in time counts.
+            for member in list(self._members.values()):
+                self._on_ready_message(member)
+            if self._phase == "starting":
+                late = [m.name for m in self._members.values() if not m.ready]
+                self._end_epoch(f"{', '.join(late)} not ready after {self._plan.kevlar.start_timeout:g} s")
+        if self._stop_deadline is not None and now >= self._stop_deadline:
+            for member in self._members.values():
+                member.process.kill()
+            self._stop_deadline = float("inf")
+
+    def _watch(self, source: object, handler: Callable[[], None], flags: int = zmq.POLLIN) -> None:
+        self._handlers[source] = handler
+        self._poller.register(source, flags)
+
+    def _unwatch(self, source: object) -> None:
+        if self._handlers.pop(source, None) is not None:
+            self._poller.unregister(source)
+
+    # -- one epoch
+
+    def _start(self) -> None:
+        self._epoch = group_files.next_epoch(self._paths, self._group)
+        self._phase, self._ready_at, self._ending = "starting", None, False
+        self._start_deadline = time.monotonic() + self._plan.kevlar.start_timeout
+        for name, command in self._commands(self._epoch).items():
+            member = Member(name, command)
+            record(self._paths.processes, f"g{self._group}.{name}", member.process.identity)
+            self._members[name] = member
+            self._watch(member.process.pidfd, partial(self._on_exit, member))
+            self._watch(member.ready_fd, partial(self._on_ready_message, member))
+            self._watch(member.stderr.fileno(), partial(self._on_stderr, member))
+        self._report()
+
+    def _on_ready_message(self, member: Member) -> None:
+        message = member.read_ready()
+        if message is None:
+            if member.ready_closed:
+                self._unwatch(member.ready_fd)
+            return
+        if self._ending:
+            return
+        if message.get("status") != "ready":
+            self._end_epoch(f"{member.name} failed to start: {message.get('error', 'unknown error')}")
+        elif all(m.ready for m in self._members.values()):
+            self._phase, self._ready_at = "ready", time.monotonic()
+            self._failed_starts = 0
+            for each in self._members.values():
+                each.stderr.forget()
+            self._report()
+            if self._status is not None:
+                self._status.send({"status": "ready"})
+            self._exit_on_failed_start = False
+
+    def _on_stderr(self, member: Member) -> None:
+        data = member.stderr.read()
+        if data is None:
+            self._unwatch(member.stderr.fileno())
+        elif data:
+            self._terminal.write(data)
+            if self._terminal.waiting:
+                self._watch(self._terminal.fileno(), self._on_terminal, zmq.POLLOUT)
+
+    def _on_terminal(self) -> None:
+        self._terminal.flush()
+        if not self._terminal.waiting:
+            self._unwatch(self._terminal.fileno())
+
+    def _on_exit(self, member: Member) -> None:
+        pidfd = member.process.pidfd
+        self._unwatch(pidfd)
+        status = member.process.reap()
+        assert status is not None
+        self._on_ready_message(member)  # its last words may say more than its status
+        while data := member.stderr.read():
+            self._terminal.write(data)
+        if status == EXIT_CONFIG:
+            self._exit_status = EXIT_CONFIG
+        if not self._ending:
+            self._end_epoch(member.describe_exit(status))
+        self._unwatch(member.ready_fd)
+        self._unwatch(member.stderr.fileno())
+        member.close()
+        group_files.remove_metrics(self._paths, member.process.pid, counted=self._ready_at is not None)
+        del self._members[member.name]
+        if not self._members:
+            self._on_epoch_gone()
+
+    def _end_epoch(self, cause: str, planned: bool = False) -> None:
+        """The group is lost: say so, kill what is left of it, and plan the next start."""
+        now = time.monotonic()
+        self._ending = True
+        self._phase, self._cause = "down", cause
+        if self._ready_at is None and not planned:
+            self._failed_starts += 1
+        delay = 0.0 if planned else self._backoff.failed(0.0 if self._ready_at is None else now - self._ready_at)
+        self._next_start = now + delay
+        if self._stop_deadline is None:
+            for member in self._members.values():
+                member.process.kill()
+            self._log(f"epoch {self._epoch} ended: {cause}; next start in {delay:g} s")
+            if self._exit_on_failed_start and self._ready_at is None and not self._exit_status:
+                self._exit_status = EXIT_FAILED_START
+        self._report()
+
+    def _clean_up(self) -> None:
+        if not end_recorded(self._paths, f"g{self._group}."):
+            self._log("processes of an earlier epoch do not end")
+        group_files.remove(self._paths, self._plan.launch_id, self._group)
+
+    def _on_epoch_gone(self) -> None:
+        self._clean_up()
+        if self._exit_status and self._status is not None:
+            self._status.send({"status": "failed", "cause": self._cause})
+
+    # -- the frontend, and signals
+
+    def _connect(self) -> zmq.Socket[bytes]:
+        control: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+        # Every report is complete, so only the newest is worth keeping while the frontend is away.
+        control.setsockopt(zmq.CONFLATE, 1)
+        control.setsockopt(zmq.RECONNECT_IVL, 20)
+        control.setsockopt(zmq.RECONNECT_IVL_MAX, 200)
+        control.connect(self._paths.control)
+        self._watch(control, self._on_message)
+        return control
+
+    def _on_message(self) -> None:
+        try:
+            message = msgspec.msgpack.decode(self._control.recv(zmq.NOBLOCK), type=KillGroup)
+        except (zmq.Again, msgspec.DecodeError) as error:
+            if not isinstance(error, zmq.Again):
+                self._log(f"ignored a message that is not ours: {error}")
+            return
+        current = message.group == self._group and message.epoch == self._epoch
+        if current and self._members and not self._ending:
+            self._end_epoch(message.cause, message.planned)
+
+    def _report(self) -> None:
+        now = time.monotonic()
+        self._next_report = now + REPORT_INTERVAL
+        down = self._phase in ("down", "stopped")
+        rank0 = self._members.get("rank0")
+        report = GroupReport(
+            group=self._group,
+            epoch=self._epoch,
+            phase=self._phase,
+            supervisor=self._self_ref,
+            members=[] if down else [ProcessRef(m.name, *m.process.identity) for m in self._members.values()],
+            init_info=rank0.init_info if rank0 is not None and self._phase == "ready" else None,
+            cause=self._cause,
+            failed_starts=self._failed_starts,
+            retry_in=max(0.0, self._next_start - now) if down else 0.0,
+        )
+        try:
+            self._control.send(msgspec.msgpack.encode(report), zmq.NOBLOCK)
+        except zmq.Again:
+            pass  # no frontend; the next report says it all again
+
+    def _catch_signals(self) -> socket.socket:
+        ours, theirs = socket.socketpair()
+        for end in (ours, theirs):
+            end.setblocking(False)
+        signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+        self._wakeup_writer = theirs
+        # Not SIG_IGN, which the members would inherit. Upstream's scheduler sends SIGQUIT to its parent on an
+        # exception, to end the whole server: here its death is enough.
+        signal.signal(signal.SIGQUIT, lambda *_: None)
+        signal.signal(signal.SIGINT, lambda *_: None)
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        self._watch(ours.fileno(), self._on_signal)
+        return ours
+
+    def _on_signal(self) -> None:
+        if signal.SIGTERM in self._wakeup.recv(64) and self._stop_deadline is None:
+            self._stop_deadline = time.monotonic() + _STOP_TIMEOUT
+            self._ending = True
+            self._phase, self._cause = "stopped", "shutdown"
+            for member in self._members.values():
+                member.process.signal(signal.SIGTERM)
+
+    def _log(self, text: str) -> None:
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+        self._terminal.write(f"[{stamp} kevlar] worker group {self._group}: {text}\n".encode())
+
+
+def engine_commands(paths: Paths, plan: LaunchPlan, group: int) -> Commands:
+    """The real members: SGLang's scheduler ranks and detokenizer."""
+
+    def commands(epoch: int) -> dict[str, list[str]]:
+        common = ["--run-dir", paths.run_dir, "--group", str(group), "--epoch", str(epoch)]
+        port = ["--dist-port", str(_free_port())]
+        module = [sys.executable, "-m"]
+        members = {
+            f"rank{rank}": [*module, "sglang_kevlar.worker.rank", *common, *port, "--rank", str(rank)]
+            for rank in range(plan.tp_size * plan.pp_size)
+        }
+        return {**members, "detokenizer": [*module, "sglang_kevlar.worker.detokenizer", *common, *port]}
+
+    return commands
+
+
+def _free_port() -> int:
+    """For the rendezvous of the ranks. It may be taken until they bind it; then this start fails, and the next is
+    with another one."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--run-dir", required=True)
+    parser.add_argument("--group", type=int, required=True)
+    parser.add_argument("--status-fd", type=int)
+    parser.add_argument("--exit-on-failed-start", action="store_true")
+    args = parser.parse_args()
+    paths = Paths(args.run_dir)
+    with open(paths.plan, "rb") as file:
+        plan = msgspec.json.decode(file.read(), type=LaunchPlan)
+    supervisor = Supervisor(
+        paths,
+        plan,
+        args.group,
+        engine_commands(paths, plan, args.group),
+        status=None if args.status_fd is None else StatusWriter(args.status_fd),
+        exit_on_failed_start=args.exit_on_failed_start,
+    )
+    return supervisor.run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

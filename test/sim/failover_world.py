@@ -1,0 +1,356 @@
+"""The frontend's actor in a world of simulated worker groups and clients (`test_failover_sim`).
+
+Groups make the tokens of a known oracle and crash, hang, restart, are drained, get new weights, stop reading; messages
+are late and, at a death, lost. A token says by which incarnation and under which weights it was made, so that whatever
+reaches a client can be judged. Time is virtual, every choice is drawn from the seed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from typing import Any
+
+import pytest
+from failover_groups import BASE, MAKER, Client, SimGroup, oracle, text_of
+
+from frontend_fakes import (
+    AbortReq,
+    BatchStrOutput,
+    FakeChannel,
+    VirtualLoop,
+    plan,
+    run_virtual,
+    str_batch,
+    tokenized,
+)
+from sglang_kevlar.control.membership import (
+    Event,
+    GroupKill,
+    Membership,
+)
+from sglang_kevlar.frontend import failover as failover_module
+from sglang_kevlar.frontend.failover import FENCED_RID, Failover
+from sglang_kevlar.frontend.host import Host
+from sglang_kevlar.frontend.outcome import RequestOutcome
+from sglang_kevlar.observability.events import FailoverEvents
+from sglang_kevlar.observability.metrics import NoMetrics
+from sglang_kevlar.protocol.launch import KevlarArgs
+from sglang_kevlar.worker.resume import ResumedGenerateReqInput
+
+STEPS = 500
+#: virtual seconds in which everything has to end once nothing fails any more
+QUIET = 60.0
+
+
+class CheckedEvents(FailoverEvents):
+    sim: Sim
+
+    def dispatched(self, rid: str) -> None:
+        waiting = [held for held in self.sim.failover.hold._redirected if held != rid]
+        assert not waiting, f"new request {rid} goes before redirected {waiting}"
+        super().dispatched(rid)
+
+
+class Sim(Host):
+    """The world: groups, clients, and the frontend's surroundings (Host, monitor, channels)."""
+
+    def __init__(self, seed: int, actor: type[Failover] = Failover) -> None:
+        self.seed = seed
+        self.random = random.Random(seed)
+        self.loop = VirtualLoop()
+        standbys = self.random.randrange(2)
+        self.args = KevlarArgs(worker_groups=3, standby_groups=standbys, hold_timeout=2.0, hold_queue=8)
+        self.membership = Membership(self.args)
+        self.groups = [SimGroup(self, i) for i in range(3)]
+        self.clients: dict[str, Client] = {}
+        self.open: dict[str, Client] = {}
+        self.fenced: set[int] = set()
+        self.stray: list[tuple[list[str], BatchStrOutput]] = []
+        self.nowhere: set[str] = set()
+        self.weights = 0
+        self.faults = True
+        self.count = 0
+        self.trace: list[str] = []
+        self.ends: dict[str, int] = {}
+        self._actor = actor
+
+    # -- surroundings of the actor
+
+    def opened(self, channel: FakeChannel) -> None:
+        group = self.groups[channel.group]
+        if group.epoch == channel.epoch:
+            group.channel = channel
+
+    async def connected(self, channel: FakeChannel) -> bool:
+        await asyncio.sleep(self.random.choice([0, 0.01, 0.1]))
+        return not self.faults or not self.chance(0.02)
+
+    def sent(self, channel: FakeChannel, message: Any) -> None:
+        group = self.groups[channel.group]
+        if group.epoch != channel.epoch:
+            return
+        if isinstance(message, ResumedGenerateReqInput):
+            assert message.resume is not None
+            client = self.client_of(message.rid)
+            assert message.resume.output_ids == client.tokens, f"{client.rid} is not continued where its client is"
+        group.input.append((message, self.failover.journal.weights))
+
+    async def prepare_group(self, channel: FakeChannel) -> str | None:  # type: ignore[override]
+        known = 0
+        while known != self.weights:
+            known = self.weights
+            self.failover.send(channel, ("weights", known))
+            await asyncio.sleep(self.random.choice([0, 0, 0.1]))
+        return "sim" if self.faults and self.chance(0.01) else None
+
+    async def deliver(self, batch: BatchStrOutput) -> None:  # type: ignore[override]
+        for i, rid in enumerate(batch.rids):
+            if rid == FENCED_RID:
+                continue
+            client = self.open.get(rid)
+            assert client is not None, f"output for {rid}, which ended"
+            tokens = list(batch.output_ids[i])
+            makers = {token // BASE % MAKER for token in tokens}
+            assert not makers & self.fenced, f"{rid} was given a token of a fenced attempt"
+            client.tokens += tokens
+            client.text += batch.output_strs[i]
+            assert [t % BASE for t in client.tokens] == client.answer[: len(client.tokens)], f"{rid}: other tokens"
+            assert text_of(client.answer).startswith(client.text), f"{rid}: other text"
+            reason = batch.finished_reasons[i]
+            if reason is not None:
+                if reason["type"] == "length":
+                    assert len(client.tokens) == client.max_new, f"{rid} finished early"
+                    assert client.text == text_of(client.answer), f"{rid}: text is missing"
+                self.ended(client, reason["type"])
+            if self.chance(0.2):
+                await asyncio.sleep(0)
+                if self.chance(0.1):  # a client that is done uses its id again at once
+                    self.submit(next((c for c in self.clients.values() if c.end is not None), None))
+
+    def finish_aborted(self, abort: AbortReq) -> None:
+        client = self.open[abort.rid or ""]
+        reason = (abort.finished_reason or {}).get("err_type")
+        if reason == "weights":
+            assert self.weights
+        elif reason == "not_continuable":
+            assert not client.continuable and client.tokens
+        elif reason == "queue_full":
+            assert not client.tokens
+        elif reason is None:
+            siblings = client.outcome is not None and client.outcome.failure is not None
+            assert client.aborted or siblings, f"{client.rid} ends unasked"
+        self.ended(client, reason or "aborted")
+
+    def ended(self, client: Client, how: str) -> None:
+        client.end = how
+        self.ends[how] = self.ends.get(how, 0) + 1
+        del self.open[client.rid]
+
+    def delivered_text(self, rid: str) -> str:
+        return self.open[rid].text
+
+    def control_reply(self, group: int, epoch: int, reply: Any) -> None:
+        raise AssertionError(f"nobody asked for {reply}")
+
+    def group_lost(self, group: int, epoch: int) -> None:
+        self.fenced.add(group * 1024 + epoch)
+
+    def dispatch(self, events: list[Event]) -> None:
+        for event in events:
+            self.trace.append(f"{self.loop.now:10.2f} {event}")
+            self.failover.on_event(event)
+            group = self.groups[event.group]
+            if isinstance(event, GroupKill) and group.epoch == event.epoch and group.phase != "down":
+                group.end_epoch()
+
+    def kill(self, group: int, epoch: int, cause: str) -> None:
+        self.dispatch(self.membership.declare_lost(group, epoch, cause, self.loop.now, kind="unfit"))
+
+    def lose(self, group: SimGroup, kind: Any) -> None:
+        planned = kind == "operator"
+        now = self.loop.now
+        self.dispatch(self.membership.declare_lost(group.id, group.epoch, "sim", now, kind=kind, planned=planned))
+
+    def die(self, group: SimGroup) -> None:
+        epoch = group.epoch
+        group.end_epoch()
+        self.dispatch(self.membership.on_process_exit(group.id, epoch, "rank0", self.loop.now))
+
+    # -- what happens
+
+    def chance(self, p: float) -> bool:
+        return self.random.random() < p
+
+    def client_of(self, wire: str) -> Client:
+        return self.clients[wire.split("~")[0]]
+
+    def submit(self, again: Client | None = None, outcome: RequestOutcome | None = None) -> None:
+        rid = again.rid if again is not None else f"r{len(self.clients)}"
+        if rid in self.open:
+            return
+        max_new = self.random.randrange(1, 40)
+        client = Client(rid, max_new, self.chance(0.9), self.chance(0.01), [oracle(rid, k) for k in range(max_new)])
+        client.outcome = outcome
+        prompt = [self.random.randrange(3)] * self.random.choice([1, 10, 70, 130])
+        hidden = {} if client.continuable else {"return_hidden_states": True}
+        self.clients[rid] = self.open[rid] = client
+        self.failover.submit(tokenized(rid, prompt, max_new, **hidden), outcome)
+
+    def fault(self) -> None:
+        group = self.random.choice(self.groups)
+        ready = group.phase == "ready"
+        kind = self.random.choice(
+            ["die", "die", "die", "hang", "hang", "restart", "drain", "weights", "full", "again", "outage"]
+        )
+        self.trace.append(f"{self.loop.now:10.2f} {kind} {group.id}")
+        if kind == "die" and group.phase != "down":
+            self.die(group)
+        elif kind == "again" and ready:  # its own supervisor says so first
+            group.end_epoch()
+            group.report("down")
+        elif kind == "hang" and ready:
+            group.hung = self.random.randrange(2, 12)
+        elif kind == "outage" and self.chance(0.3):
+            for other in [group for group in self.groups if group.phase != "down"]:
+                self.die(other)
+            for other in self.groups:
+                other.wait = self.random.randrange(100, 200)
+        elif kind == "restart" and ready:
+            self.membership.undrain(group.id)
+            self.lose(group, "operator")
+        elif kind == "drain":
+            self.membership.drain(group.id)
+            self.failover.route()
+        elif kind == "full" and group.channel is not None:
+            group.channel.full = True
+        elif kind == "weights" and self.chance(0.3):
+            self.weights += 1
+            self.failover.journal.weights += 1
+            for channel in [c for c in self.failover.channels.values() if c.up_to_date]:
+                self.failover.send(channel, ("weights", self.weights))
+
+    def step(self) -> None:
+        self.count += 1
+        if self.faults:
+            if self.chance(0.3):
+                self.submit()
+            if self.chance(0.03):
+                outcome = RequestOutcome()
+                for _ in range(3):
+                    self.submit(outcome=outcome)
+            if self.chance(0.04):
+                self.fault()
+            if self.open and self.chance(0.03):
+                self.abort(self.random.choice(list(self.open.values())))
+            if self.chance(0.002):
+                for client in self.open.values():
+                    client.aborted = True
+                self.failover.abort(AbortReq(abort_all=True))
+            if self.stray and self.chance(0.05):
+                self.inject()
+        for group in self.groups:
+            group.step()
+
+    def abort(self, client: Client) -> None:
+        client.aborted = True
+        self.failover.abort(AbortReq(rid=client.rid))
+
+    def inject(self) -> None:
+        """What was once sent, by whom it was not sent: as if two incarnations shared a socket."""
+        rids, message = self.random.choice(self.stray)
+        live = {request.entry.attempt.wire_rid for request in self.failover.requests.values() if request.entry.attempt}
+        channels = [channel for channel in self.failover.channels.values() if channel.up_to_date]
+        if channels and not live & set(rids):
+            rows = zip(rids, message.output_ids, message.output_strs, message.finished_reasons, strict=True)
+            self.random.choice(channels).put(str_batch(*[(r, list(ids), s, f) for r, ids, s, f in rows]))
+
+    # -- what must hold
+
+    def check(self) -> None:
+        actor = self.failover
+        actor.journal.check()
+        now = self.loop.now
+        per_group: dict[tuple[int, int], int] = {}
+        nowhere: set[str] = set()
+        for rid, request in actor.requests.items():
+            assert rid in self.open or request.ended, f"{rid} is in flight, and its client has gone"
+            attempt = request.entry.attempt
+            held = rid in actor.hold
+            assert not (held and attempt), f"{rid} is held and runs"
+            if attempt is not None:
+                key = (attempt.group, attempt.epoch)
+                per_group[key] = per_group.get(key, 0) + 1
+                assert key[0] in actor.channels and actor.channels[key[0]].epoch == key[1], f"{rid} runs nowhere"
+            else:
+                if not held and not request.abort_requested:
+                    nowhere.add(rid)  # for now: a refusal comes a moment later
+        assert not nowhere & self.nowhere, f"{nowhere & self.nowhere} is forgotten"
+        self.nowhere = nowhere
+        assert self.open.keys() <= actor.requests.keys(), "a client waits for a request that nobody has"
+        for group, load in actor.router.groups.items():
+            assert load.requests == per_group.get((group, load.epoch), 0)
+        assert len(actor.hold._new) <= self.args.hold_queue
+        for held_request in [*actor.hold._new.values(), *actor.hold._redirected.values()]:
+            assert held_request.deadline > now - 1, f"{held_request.rid} is held beyond its time"
+        if actor.router.groups:
+            assert not actor.hold._redirected, "a redirected request waits while a group serves"
+            if len(actor.router.groups) >= actor._active_groups:
+                assert not actor.hold._new, "a request waits while all groups serve"
+
+    async def main(self) -> None:
+        events = CheckedEvents(NoMetrics(), self.loop.time, self.loop.time)
+        events.sim = self
+        self.failover = self._actor(
+            host=self, plan=plan(self.args), paths=self, kill=self.kill, internal_error=self.internal_error,
+            is_draining=lambda group: self.membership.group(group).draining, incarnation="i", events=events,
+            metrics=NoMetrics(),
+        )  # type: ignore[arg-type]  # fmt: skip
+        running = self.loop.create_task(self.failover.run())
+        try:
+            for _ in range(STEPS):
+                await self.one(running)
+            await self.quiet(running)
+        finally:
+            running.cancel()
+            self.failover.close()
+
+    def internal_error(self, group: int, epoch: int) -> None:
+        self.dispatch(self.membership.on_internal_error(group, epoch, self.loop.now))
+
+    async def one(self, running: asyncio.Task[None]) -> None:
+        self.step()
+        await asyncio.sleep(self.random.choice([0, 0, 0, 0.01, 0.1]))
+        if running.done():
+            running.result()
+        if not self.failover._turn.locked():
+            self.check()
+
+    async def quiet(self, running: asyncio.Task[None]) -> None:
+        """Nothing fails any more: every request comes to its end, and every group serves."""
+        self.faults = False
+        for group in self.groups:
+            self.membership.undrain(group.id)
+        self.failover.route()
+        end = self.loop.now + QUIET
+        actor = self.failover
+        while self.loop.now < end and (actor.requests or len(actor.router.groups) < actor._active_groups):
+            await self.one(running)
+        assert not self.open, f"never ended: {list(self.open)}"
+        assert not self.failover.requests and not len(self.failover.hold) and not len(self.failover.journal)
+        assert len(self.failover.router.groups) == self.failover._active_groups
+
+
+def simulate(seed: int, monkeypatch: pytest.MonkeyPatch, actor: type[Failover] = Failover) -> Sim:
+    return run(Sim(seed, actor), monkeypatch)
+
+
+def run(sim: Sim, monkeypatch: pytest.MonkeyPatch) -> Sim:
+    monkeypatch.setattr(failover_module, "GroupChannel", FakeChannel)
+    monkeypatch.setattr(failover_module, "time", sim.loop)
+    try:
+        run_virtual(sim.loop, sim.main())
+    except BaseException as error:
+        error.add_note(f"KEVLAR_SIM_SEED={sim.seed}")
+        raise
+    return sim

@@ -1,0 +1,152 @@
+"""The frontend's real actor, journal, router, hold queue and membership, in the simulated world of `failover_world`.
+
+Replay one run with ``KEVLAR_SIM_SEED=n pytest test/sim/test_failover_sim.py -k replay -s``.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from typing import Any
+
+import pytest
+from failover_world import STEPS, Sim, run, simulate
+
+from frontend_fakes import (
+    FakeChannel,
+)
+from sglang_kevlar.control.admission import HoldQueue
+from sglang_kevlar.control.journal import Entry, Journal
+from sglang_kevlar.frontend import failover as failover_module
+from sglang_kevlar.frontend.failover import Failover
+from sglang_kevlar.frontend.in_flight import InFlight
+
+SEEDS = 240
+
+
+@pytest.fixture(autouse=True)
+def quiet_log():
+    logging.disable(logging.WARNING)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+def test_clients_get_exactly_their_answers(monkeypatch):
+    ends: dict[str, int] = {}
+    for seed in range(SEEDS):
+        sim = simulate(seed, monkeypatch)
+        assert sim.count > STEPS
+        for how, times in sim.ends.items():
+            ends[how] = ends.get(how, 0) + times
+    named = {"length", "abort", "aborted", "poison", "not_continuable", "weights", "no_group", "queue_full"}
+    assert set(ends) - {"redirect_limit"} == named, ends
+    assert ends["length"] > sum(ends.values()) / 2, ends
+
+
+def test_a_seed_replays(monkeypatch):
+    first, second = simulate(3, monkeypatch), simulate(3, monkeypatch)
+    assert first.trace == second.trace and first.ends == second.ends
+
+
+@pytest.mark.skipif("KEVLAR_SIM_SEED" not in os.environ, reason="KEVLAR_SIM_SEED not set")
+def test_replay(monkeypatch):
+    sim = Sim(int(os.environ["KEVLAR_SIM_SEED"]))
+    try:
+        run(sim, monkeypatch)
+    finally:
+        print("\n".join(sim.trace))
+
+
+# What the invariants are worth: each of these frontends is broken in one place, and must be found out.
+
+
+def caught(monkeypatch: pytest.MonkeyPatch, match: str, actor: type[Failover] = Failover, seeds: int = 40) -> None:
+    for seed in range(seeds):
+        try:
+            simulate(seed, monkeypatch, actor)
+        except AssertionError as error:
+            assert re.search(match, str(error)), error
+            return
+    pytest.fail("not noticed")
+
+
+def test_a_missing_fence_is_noticed(monkeypatch):
+    def accept(self: Journal, wire_rid: str, group: int, epoch: int) -> Entry | None:
+        entry = self._entries.get(wire_rid.split("~")[0])
+        return entry if entry is not None and entry.attempt is not None else None
+
+    monkeypatch.setattr(Journal, "accept", accept)
+    caught(monkeypatch, "fenced attempt|other tokens|which ended|other text")
+
+
+def test_a_message_handled_twice_is_noticed(monkeypatch):
+    class Twice(FakeChannel):
+        def drain(self) -> list[Any]:
+            return [message for message in super().drain() for _ in range(2)]
+
+    real = failover_module.Failover._lost
+
+    async def lost(self: Failover, channel: Any, event: Any) -> None:
+        channel.__class__ = Twice
+        await real(self, channel, event)
+
+    monkeypatch.setattr(Failover, "_lost", lost)
+    # The ids of the first handling are in the message already: the second must be under the wire ids again.
+    original = Failover._outputs
+
+    async def outputs(self: Failover, channel: Any, batch: Any) -> None:
+        wires = list(batch.rids)
+        await original(self, channel, batch)
+        batch.rids = wires
+
+    monkeypatch.setattr(Failover, "_outputs", outputs)
+    caught(monkeypatch, "other tokens")
+
+
+def test_a_resume_one_token_late_is_noticed(monkeypatch):
+    real = Entry.resume_state
+
+    def late(self: Entry) -> Any:
+        state = real(self)
+        return state and type(state)(output_ids=[*state.output_ids, state.output_ids[-1]])
+
+    monkeypatch.setattr(Entry, "resume_state", late)
+    caught(monkeypatch, "is not continued where its client is")
+
+
+def test_a_forgotten_request_is_noticed(monkeypatch):
+    real = HoldQueue.hold
+
+    def hold(self: HoldQueue, rid: str, now: float, redirected: bool) -> bool:
+        return True if redirected and rid.endswith("7") else real(self, rid, now, redirected)
+
+    monkeypatch.setattr(HoldQueue, "hold", hold)
+    caught(monkeypatch, "is forgotten")
+
+
+def test_a_message_overtaken_at_a_loss_is_noticed(monkeypatch):
+    class TakesFirst(Failover):
+        async def _receive(self, channel: Any) -> None:
+            while not channel.closed:
+                await channel.arrival()
+                message = channel.take()
+                async with self._turn:
+                    if not channel.closed:
+                        await self._handle(channel, message)
+                        self._pump()
+
+    caught(monkeypatch, "other t", TakesFirst, seeds=200)
+
+
+def test_text_that_is_sent_again_is_noticed(monkeypatch):
+    monkeypatch.setattr(InFlight, "new_text", lambda self, text, delivered: text)
+    caught(monkeypatch, "other text")
+
+
+def test_new_requests_before_redirected_ones_are_noticed(monkeypatch):
+    def first(self: HoldQueue) -> Any:
+        return next((next(iter(queue.values())) for queue in (self._new, self._redirected) if queue), None)
+
+    monkeypatch.setattr(HoldQueue, "first", first)
+    caught(monkeypatch, "goes before redirected|redirected request waits")

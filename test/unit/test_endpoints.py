@@ -1,0 +1,263 @@
+"""Our endpoints and the replaced health endpoints, with upstream's own key check in front."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+
+from sglang_kevlar.platform import torchvision_shim
+
+torchvision_shim.install()
+pytest.importorskip("sglang")
+from fastapi import FastAPI  # noqa: E402
+from sglang.srt.environ import envs  # noqa: E402
+from sglang.srt.managers.tokenizer_manager import ServerStatus  # noqa: E402
+from sglang.srt.utils.auth import add_api_key_middleware  # noqa: E402
+
+from sglang_kevlar.frontend.endpoints import (  # noqa: E402
+    GroupStateConflict,
+    UnknownGroup,
+    first_answer,
+    install,
+    remove_routes,
+)
+
+TIMEOUT = 0.3
+
+
+class Source:
+    """Two groups, of which 0 can be drained."""
+
+    def __init__(self, *states: str) -> None:
+        self.gracefully_exit = False
+        self.server_status = ServerStatus.Up
+        self.states = states or ("ready", "ready")
+        self.answers: dict[int, bool] | BaseException | None = {0: True}
+        self.probes = 0
+        self.actions: list[tuple[str, int]] = []
+
+    def kevlar_status(self) -> dict[str, Any]:
+        return {"groups": [{"id": i, "state": state} for i, state in enumerate(self.states)], "failovers": []}
+
+    def serves(self) -> bool:
+        return "ready" in self.states
+
+    async def drain_group(self, group: int) -> None:
+        if group >= len(self.states):
+            raise UnknownGroup
+        if group != 0:
+            raise GroupStateConflict(f"worker group {group} is down")
+        self.actions.append(("drain", group))
+
+    async def restart_group(self, group: int) -> None:
+        self.actions.append(("restart", group))
+
+    async def probe_groups(self, timeout: float) -> dict[int, bool]:
+        self.probes += 1
+        await asyncio.sleep(0.02)
+        if self.answers is None:
+            await asyncio.sleep(3600)
+        if isinstance(self.answers, BaseException):
+            raise self.answers
+        return self.answers or {}
+
+
+def upstream_app() -> FastAPI:
+    """The routes of upstream's app that matter here."""
+    app = FastAPI()
+
+    @app.get("/health")
+    @app.get("/health_generate")
+    async def health_generate() -> str:
+        raise AssertionError("upstream's health endpoint is still there")
+
+    @app.get("/ready")
+    async def ready() -> str:
+        raise AssertionError("upstream's ready endpoint is still there")
+
+    return app
+
+
+def serve(source: Source, **keys: str | None) -> FastAPI:
+    app = upstream_app()
+    install(app, source, TIMEOUT)
+    if keys:
+        add_api_key_middleware(app, api_key=keys.get("api_key"), admin_api_key=keys.get("admin_api_key"))
+    return app
+
+
+def call(app: FastAPI, *requests: tuple[str, str], key: str = "") -> list[httpx.Response]:
+    """All at the same time."""
+
+    async def run() -> list[httpx.Response]:
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as client:
+            return list(await asyncio.gather(*(client.request(*request, headers=headers) for request in requests)))
+
+    return asyncio.run(run())
+
+
+def status(app: FastAPI, path: str) -> int:
+    return call(app, ("GET", path))[0].status_code
+
+
+HEALTH = ("/ready", "/health", "/health_generate")
+
+
+@pytest.mark.parametrize("path", HEALTH)
+@pytest.mark.parametrize(
+    ("states", "expected"),
+    [
+        (("ready", "ready"), 200),
+        (("down", "ready"), 200),
+        (("starting", "ready"), 200),
+        (("down", "down"), 503),
+        (("starting", "starting"), 503),
+        (("draining", "suspect"), 503),
+    ],
+)
+def test_health_is_whether_a_group_is_ready(path: str, states: tuple[str, ...], expected: int) -> None:
+    assert status(serve(Source(*states)), path) == expected
+
+
+@pytest.mark.parametrize("path", HEALTH)
+def test_health_while_starting_and_shutting_down(path: str) -> None:
+    source = Source()
+    app = serve(source)
+    source.server_status = ServerStatus.Starting
+    assert status(app, path) == 503
+    source.server_status = ServerStatus.Up
+    source.gracefully_exit = True
+    assert status(app, path) == 503
+
+
+@pytest.mark.parametrize("answers", [{0: False, 1: False}, {}, RuntimeError("probe"), None])
+def test_groups_that_hang_do_not_make_it_green(answers: Any) -> None:
+    source = Source()
+    source.answers = answers
+    app = serve(source)
+    assert status(app, "/health_generate") == 503
+    source.answers = {0: False, 1: True}
+    assert status(app, "/health_generate") == 200
+    assert source.server_status == ServerStatus.Up
+
+
+def test_health_generates_unless_told_not_to() -> None:
+    source = Source()
+    source.answers = {0: False}
+    app = serve(source)
+    assert status(app, "/health") == 503
+    with envs.SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION.override(False):
+        assert status(app, "/health") == 200
+        assert status(app, "/health_generate") == 503
+    with envs.SGLANG_DIAG_BYPASS_HEALTH_GENERATE.override(True):
+        assert status(app, "/health_generate") == 200
+
+
+def test_checks_at_the_same_time_share_one_probe() -> None:
+    source = Source()
+    responses = call(serve(source), *[("GET", "/health_generate")] * 50)
+    assert {response.status_code for response in responses} == {200}
+    assert source.probes == 1
+
+
+def test_first_answer_does_not_wait_for_a_hung_group() -> None:
+    cancelled = []
+
+    async def probe(delay: float, answer: Any) -> bool:
+        try:
+            await asyncio.sleep(delay)
+        except asyncio.CancelledError:
+            cancelled.append(delay)
+            raise
+        if isinstance(answer, BaseException):
+            raise answer
+        return bool(answer)
+
+    async def run(timeout: float, **probes: Any) -> dict[str, bool]:
+        return await first_answer({name: probe(*args) for name, args in probes.items()}, timeout)  # type: ignore
+
+    before = time.monotonic()
+    assert asyncio.run(run(600, hung=(500, True), failed=(0, OSError()), no=(0.01, False), yes=(0.02, True))) == {
+        "hung": False,
+        "failed": False,
+        "no": False,
+        "yes": True,
+    }
+    assert asyncio.run(run(0.05, hung=(400, True), no=(0, False))) == {"hung": False, "no": False}
+    assert asyncio.run(run(1)) == {}
+    assert time.monotonic() - before < 60
+    assert cancelled == [500, 400]
+
+
+def test_status_is_the_sources() -> None:
+    source = Source("ready", "down")
+    assert call(serve(source), ("GET", "/kevlar/status"))[0].json() == source.kevlar_status()
+
+
+def test_drain_and_restart() -> None:
+    source = Source()
+    requests = [
+        ("POST", f"/kevlar/groups/{path}") for path in ("0/drain", "1/restart", "1/drain", "7/drain", "x/drain")
+    ]
+    drained, restarted, conflict, unknown, malformed = call(serve(source), *requests)
+    assert drained.json() == {"group": 0, "action": "drain"}
+    assert (drained.status_code, restarted.status_code) == (202, 202)
+    assert source.actions == [("drain", 0), ("restart", 1)]
+    assert (conflict.status_code, conflict.json()["error"]["message"]) == (409, "worker group 1 is down")
+    assert (unknown.status_code, malformed.status_code) == (404, 404)
+    assert "'7'" in unknown.json()["error"]["message"] and "'x'" in malformed.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("group", ["-1", "9" * 5000, "%C2%B2", "0%0a"])
+def test_group_ids_that_are_none(group: str) -> None:
+    source = Source()
+    response = call(serve(source), ("POST", f"/kevlar/groups/{group}/restart"))[0]
+    assert response.status_code == 404 and len(response.content) < 500
+    assert not source.actions
+
+
+@pytest.mark.parametrize("action", ["drain", "restart"])
+def test_maintenance_needs_the_admin_key_where_there_is_one(action: str) -> None:
+    source = Source()
+    request = ("POST", f"/kevlar/groups/0/{action}")
+    app = serve(source, api_key="user", admin_api_key="admin")
+    assert [call(app, request, key=key)[0].status_code for key in ("", "user")] == [401, 401]
+    assert not source.actions
+    assert call(app, request, key="admin")[0].status_code == 202
+    only_admin = serve(source, admin_api_key="admin")
+    assert call(only_admin, request)[0].status_code == 401
+    only_user = serve(source, api_key="user")
+    assert [call(only_user, request, key=key)[0].status_code for key in ("", "user")] == [401, 202]
+
+
+def test_keys_of_the_other_endpoints() -> None:
+    app = serve(Source(), api_key="user", admin_api_key="admin")
+    assert {status(app, path) for path in HEALTH} == {200}
+    assert status(app, "/kevlar/status") == 401
+    assert call(app, ("GET", "/kevlar/status"), key="user")[0].status_code == 200
+
+
+def test_routes_that_moved_stop_the_start_and_nothing_is_removed() -> None:
+    app = upstream_app()
+    routes = list(app.router.routes)
+    for endpoints in ({"/health": "health"}, {"/ready": "ready", "/healthz": "health_generate"}):
+        with pytest.raises(RuntimeError, match="/health"):
+            remove_routes(app, endpoints)
+    assert app.router.routes == routes
+    app.add_api_route("/health", lambda: "", methods=["GET"])
+    with pytest.raises(RuntimeError, match="/health"):
+        install(app, Source(), TIMEOUT)
+
+
+def test_upstreams_own_app_has_the_routes_we_replace() -> None:
+    from sglang.srt.entrypoints import http_server
+
+    copy = SimpleNamespace(router=SimpleNamespace(routes=list(http_server.app.router.routes)))
+    remove_routes(copy, {"/ready": "ready", "/health": "health_generate", "/health_generate": "health_generate"})  # type: ignore[arg-type]
+    assert len(copy.router.routes) == len(http_server.app.router.routes) - 3

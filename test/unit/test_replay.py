@@ -1,0 +1,122 @@
+"""What a group that starts again is told of the changes it missed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang_kevlar.platform import torchvision_shim
+
+torchvision_shim.install()
+
+from sglang.srt.managers.io_struct import (  # noqa: E402
+    ContinueGenerationReqInput,
+    FlushCacheReqInput,
+    LoadLoRAAdapterReqInput,
+    PauseGenerationReqInput,
+    UnloadLoRAAdapterReqInput,
+    UpdateWeightFromDiskReqInput,
+    UpdateWeightsFromDistributedReqInput,
+    UpdateWeightVersionReqInput,
+)
+
+from sglang_kevlar.frontend.replay import RunTimeChanges, changes_weights  # noqa: E402
+
+START = frozenset({"start"})
+
+
+def load(name: str, path: str = "/p") -> Any:
+    return LoadLoRAAdapterReqInput(lora_name=name, lora_path=path)
+
+
+def unload(name: str) -> Any:
+    return UnloadLoRAAdapterReqInput(lora_name=name)
+
+
+def disk(path: str) -> Any:
+    return UpdateWeightFromDiskReqInput(model_path=path)
+
+
+def distributed() -> Any:
+    return UpdateWeightsFromDistributedReqInput(names=["w"], dtypes=["float32"], shapes=[[1]])
+
+
+def version(name: str) -> Any:
+    return UpdateWeightVersionReqInput(new_version=name)
+
+
+def after(*requests: Any) -> RunTimeChanges:
+    changes = RunTimeChanges(START)
+    for request in requests:
+        changes.record(request)
+    return changes
+
+
+def test_nothing_changed():
+    assert after().replay() == [] and after(FlushCacheReqInput()).replay() == []
+
+
+def test_weights_then_version_then_adapters_then_pause():
+    pause, adapter, name, weights = PauseGenerationReqInput(mode="retract"), load("a"), version("v"), disk("/w")
+    assert after(pause, adapter, name, weights).replay() == [weights, name, adapter, pause]
+
+
+def test_only_the_last_weights_and_version():
+    last, name = disk("/2"), version("2")
+    assert after(disk("/1"), version("1"), last, name).replay() == [last, name]
+
+
+def test_live_updates_cannot_be_replayed_until_weights_come_from_disk():
+    changes = after(distributed())
+    assert "UpdateWeightsFromDistributed" in changes.not_replayable
+    changes.record(load("a"))
+    assert changes.not_replayable is not None
+    changes.record(disk("/w"))
+    assert changes.not_replayable is None
+    assert changes_weights(distributed()) and changes_weights(disk("/w")) and not changes_weights(load("a"))
+
+
+def test_adapters_in_the_order_of_their_loading_and_unloaded_ones_not():
+    a, b, c = load("a"), load("b"), load("c")
+    assert after(a, b, unload("a"), c).replay() == [b, c]
+    again = load("a", "/other")
+    assert after(a, b, unload("a"), again).replay() == [b, again]
+    assert after(unload("a")).replay() == []
+
+
+def test_adapters_of_the_start_are_unloaded_and_loaded_again():
+    gone, back = unload("start"), load("start", "/new")
+    assert after(gone).replay() == [gone]
+    assert after(gone, back).replay() == [gone, back]
+    gone_again = unload("start")
+    assert after(gone, back, gone_again).replay() == [gone_again]
+
+
+def test_a_pause_lasts_until_it_is_ended_and_an_abort_is_none():
+    assert after(PauseGenerationReqInput(mode="in_place"), ContinueGenerationReqInput()).replay() == []
+    assert after(PauseGenerationReqInput(mode="abort")).replay() == []
+
+
+def test_it_stays_as_small_as_what_is_loaded():
+    requests = [request for _ in range(50) for request in (load("a"), unload("a"), unload("start"), load("start"))]
+    assert len(after(*requests).replay()) == 2
+
+
+def test_what_no_group_did_is_taken_back():
+    good, bad, adapter = disk("/good"), disk("/bad"), load("a")
+    changes = after(good, adapter, bad)
+    changes.record(FlushCacheReqInput())
+    changes.retract(bad)
+    assert changes.replay() == [good, adapter]
+    changes.retract(bad)
+    changes.retract(good)  # not the last change
+    assert changes.replay() == [good, adapter]
+
+    live = distributed()
+    changes.record(live)
+    changes.retract(live)
+    assert changes.not_replayable is None
+
+    failed = unload("a")
+    changes.record(failed)
+    changes.retract(failed)
+    assert changes.replay() == [good, adapter]
