@@ -181,9 +181,7 @@ def test_both_groups_die(server: Server) -> None:
     with ThreadPoolExecutor(8) as pool:
         running = [pool.submit(case.run, server.url, 300) for _ in range(8)]
         server.serving_group()
-        pids = [server.pid(group, "rank") for group in (0, 1)]
-        for pid in pids:
-            os.kill(pid, signal.SIGKILL)
+        server.kill_all_at_once()
         server.wait(lambda s: not any(g["state"] == "ready" for g in s["groups"]), "loss of both groups", 10)
         assert httpx.get(f"{server.url}/health", timeout=10).status_code == 503
         late = pool.submit(case.run, server.url, 300)

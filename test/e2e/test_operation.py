@@ -128,8 +128,7 @@ def test_with_no_group_requests_wait_and_then_end_clearly(server: Server) -> Non
         server.serving_group()
         time.sleep(0.5)
         # The back-off is longer than the hold time, so nobody comes back in time.
-        for pid in [server.pid(group, "rank") for group in (0, 1)]:
-            os.kill(pid, signal.SIGKILL)
+        server.kill_all_at_once()
         server.wait(lambda s: not any(g["state"] == "ready" for g in s["groups"]), "loss of both groups", 30)
         body = {"text": PROMPT, "sampling_params": {"max_new_tokens": 4}}
         waiting = [pool.submit(post, server, "/generate", **body, stream=i % 2 == 0) for i in range(8)]
