@@ -24,6 +24,7 @@ class _Flag(msgspec.Struct, frozen=True):
     help: str
     #: error text when the value is out of range, None when it is fine
     check: Callable[[Any], str | None]
+    metavar: str = ""
 
 
 def _at_least(minimum: int) -> Callable[[Any], str | None]:
@@ -36,6 +37,10 @@ def _positive(value: float) -> str | None:
 
 def _not_negative(value: float) -> str | None:
     return None if 0 <= value < float("inf") else f"must be a number of seconds and not negative, got {value}"
+
+
+def _not_negative_number(value: float) -> str | None:
+    return None if 0 <= value < float("inf") else f"must be a number and not negative, got {value}"
 
 
 def _usable_run_dir(value: str | None) -> str | None:
@@ -92,6 +97,16 @@ _FLAGS: dict[str, _Flag] = {
         "and lose more at a failover.",
         _at_least(1),
     ),
+    "shadow_memory": _Flag(
+        "Most host memory, in GiB, that each rank uses to keep the KV of another group's requests, from which they "
+        "go on when that group is lost. 0: none; they are computed again from their tokens.",
+        _not_negative_number,
+        "GIB",
+    ),
+    "shadow_min_context": _Flag("Contexts shorter than this many tokens are not shadowed.", _at_least(0)),
+    "shadow_bandwidth": _Flag(
+        "Most MB/s of KV that each rank sends to its shadow. 0: no limit.", _not_negative_number, "MB_S"
+    ),
 }
 
 
@@ -110,7 +125,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
             _option(field.name),
             type=kind,
             default=field.default,
-            metavar={int: "N", float: "SECONDS", str: "PATH"}[kind],
+            metavar=flag.metavar or {int: "N", float: "SECONDS", str: "PATH"}[kind],
             help=flag.help + shown,
         )
     group.add_argument(

@@ -19,7 +19,7 @@ from sglang_kevlar.control.membership import (
 )
 from sglang_kevlar.frontend.outcome import RequestOutcome
 from sglang_kevlar.protocol.group import GroupReport, ProcessRef
-from sglang_kevlar.worker.resume import ResumedGenerateReqInput, StartedReqOutput
+from sglang_kevlar.worker.resume import ResumedGenerateReqInput, ShadowPlanReq, StartedReqOutput
 
 if TYPE_CHECKING:
     from failover_world import Sim
@@ -78,6 +78,7 @@ class SimGroup:
         self.hung = 0  # steps; 0: it is not
         self.channel: FakeChannel | None = None
         self.suspect = False
+        self.plan: ShadowPlanReq | None = None
 
     @property
     def maker(self) -> int:
@@ -128,6 +129,10 @@ class SimGroup:
                     self.send(AbortReq(rid=run.wire))
             elif isinstance(message, tuple):
                 self.weights = message[1]
+            elif isinstance(message, ShadowPlanReq):
+                assert message.content in ("", str(self.weights)), f"group {self.id} is told of other weights"
+                assert message.target is None or message.target[0] != self.id
+                self.plan = message
             else:
                 self.take(message, weights)
 

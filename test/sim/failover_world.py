@@ -153,6 +153,9 @@ class Sim(Host):
     def control_reply(self, group: int, epoch: int, reply: Any) -> None:
         raise AssertionError(f"nobody asked for {reply}")
 
+    def content(self) -> str:
+        return str(self.weights)
+
     def group_lost(self, group: int, epoch: int) -> None:
         self.fenced.add(group * 1024 + epoch)
 
@@ -227,8 +230,10 @@ class Sim(Host):
         elif kind == "weights" and self.chance(0.3):
             self.weights += 1
             self.failover.journal.weights += 1
+            self.failover.plan_shadows(content="")
             for channel in [c for c in self.failover.channels.values() if c.up_to_date]:
                 self.failover.send(channel, ("weights", self.weights))
+            self.failover.plan_shadows()
 
     def step(self) -> None:
         self.count += 1
@@ -339,6 +344,13 @@ class Sim(Host):
         assert not self.open, f"never ended: {list(self.open)}"
         assert not self.failover.requests and not len(self.failover.hold) and not len(self.failover.journal)
         assert len(self.failover.router.groups) == self.failover._active_groups
+        for group in self.groups:
+            group.read()
+        if all(group.phase == "ready" for group in self.groups):
+            told = {group.id: group.plan for group in self.groups if group.plan is not None}
+            assert len(told) == 3 and all(plan.content == str(self.weights) for plan in told.values())
+            for plan in told.values():
+                assert plan.target is not None and self.groups[plan.target[0]].epoch == plan.target[1]
 
 
 def simulate(seed: int, monkeypatch: pytest.MonkeyPatch, actor: type[Failover] = Failover) -> Sim:

@@ -87,6 +87,9 @@ class World(Host):
     def control_reply(self, group: int, epoch: int, reply: Any) -> None:
         self.replies.append((group, epoch, reply))
 
+    def content(self) -> str:
+        return "0"
+
     def group_lost(self, group: int, epoch: int) -> None:
         pass
 

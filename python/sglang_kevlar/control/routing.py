@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 #: prompt tokens per remembered block
@@ -31,6 +32,17 @@ class GroupLoad:
     tokens: int = 0
     blocks: OrderedDict[int, None] = field(default_factory=OrderedDict)
 
+    def fits(self, tokens: int) -> bool:
+        """Whether it can hold ``tokens`` more without evicting what it is running."""
+        return self.tokens + tokens <= self.capacity_tokens
+
+    def remember(self, blocks: Iterable[int]) -> None:
+        for block in blocks:
+            self.blocks.pop(block, None)
+            self.blocks[block] = None
+        while len(self.blocks) > BLOCKS_PER_GROUP:
+            self.blocks.popitem(last=False)
+
 
 class Router:
     """Chooses among the groups that serve. Groups are added when ready and removed when lost or drained."""
@@ -42,8 +54,11 @@ class Router:
         assert group not in self.groups, f"group {group} already serves"
         self.groups[group] = GroupLoad(epoch, capacity_tokens)
 
-    def remove(self, group: int) -> None:
-        self.groups.pop(group, None)
+    def remove(self, group: int, heir: int | None = None) -> None:
+        """``heir``: the group that has the shadow of its cache, where its prefixes are to be looked for now."""
+        gone = self.groups.pop(group, None)
+        if gone is not None and heir in self.groups:
+            self.groups[heir].remember(gone.blocks)
 
     def choose(self, prompt: array[int] | list[int], namespace: str = "", spread: bool = False) -> int | None:
         """The group for ``prompt``, or None when none serves.
@@ -75,11 +90,7 @@ class Router:
         load = self.groups[group]
         load.requests += 1
         load.tokens += tokens
-        for block in block_hashes(prompt, namespace):
-            load.blocks.pop(block, None)
-            load.blocks[block] = None
-        while len(load.blocks) > BLOCKS_PER_GROUP:
-            load.blocks.popitem(last=False)
+        load.remember(block_hashes(prompt, namespace))
 
     def finished(self, group: int, epoch: int, tokens: int) -> None:
         """The counterpart of `started`; of a group that is gone, or came back as another epoch, nothing is left."""
@@ -97,7 +108,7 @@ class Router:
 
     def has_room(self, tokens: int) -> bool:
         """Whether some group can hold ``tokens`` more without evicting what it is running."""
-        return any(load.tokens + tokens <= load.capacity_tokens for load in self.groups.values())
+        return any(load.fits(tokens) for load in self.groups.values())
 
     def _busy(self, group: int) -> tuple[int, int, int]:
         load = self.groups[group]

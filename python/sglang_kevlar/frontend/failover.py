@@ -32,6 +32,7 @@ from sglang_kevlar.frontend.channels import ChannelFull, GroupChannel
 from sglang_kevlar.frontend.host import BatchOutput, Host
 from sglang_kevlar.frontend.in_flight import InFlight, TextMismatch, TokenizedRequest, not_continuable
 from sglang_kevlar.frontend.outcome import Failure, RequestOutcome
+from sglang_kevlar.frontend.shadows import ShadowPlans
 from sglang_kevlar.observability.events import FailoverEvents
 from sglang_kevlar.observability.metrics import NoMetrics
 from sglang_kevlar.protocol.launch import LaunchPlan, Paths
@@ -78,6 +79,7 @@ class Failover:
         self.redirected: set[str] = set()
         #: groups that should serve: with fewer, capacity is lost and new requests may have to wait
         self._active_groups = args.worker_groups - args.standby_groups
+        self._shadows = ShadowPlans(self._active_groups)
         self._context = zmq.asyncio.Context()
         self._turn = asyncio.Lock()
         self._inbox: asyncio.Queue[Event | BaseException] = asyncio.Queue()
@@ -225,10 +227,19 @@ class Failover:
             self._stop_routing(self.channels[group])
         for group in sorted(serving - self.router.groups.keys()):
             self._add(self.channels[group])
+        self.plan_shadows()
         self._pump()
 
+    def plan_shadows(self, content: str | None = None) -> None:
+        """Tell the groups what is news about the shadows. ``content``: empty while the weights change."""
+        channels = [channel for channel in self.channels.values() if channel.up_to_date and not channel.given_up]
+        draining = {channel.group for channel in channels if self._is_draining(channel.group)}
+        wanted = self._host.content() if content is None else content
+        for channel, plan in self._shadows.news(channels, draining, wanted):
+            self.send(channel, plan)
+
     def _stop_routing(self, channel: GroupChannel) -> None:
-        self.router.remove(channel.group)
+        self.router.remove(channel.group, self._shadows.targets.get(channel.group) if channel.given_up else None)
         self._metrics.group(channel.group, ready=False, epoch=channel.epoch)
 
     def _give_up(self, channel: GroupChannel) -> None:
@@ -269,13 +280,15 @@ class Failover:
             detect_ms=event.detect_s * 1e3,
             rids=[entry.rid for entry in entries],
         )
+        heir = self._shadows.targets.get(event.group)
         for entry in entries:
-            self._redirect(self.requests[entry.rid])
+            self._redirect(self.requests[entry.rid], heir)
         self.route()
 
-    def _redirect(self, request: InFlight) -> None:
+    def _redirect(self, request: InFlight, heir: int | None) -> None:
         """Queue a request of a lost group, before all new ones; or end it, if it must not run again."""
         entry = request.entry
+        request.heir = heir
         if request.abort_requested:
             self._end_aborted(request, AbortReq(rid=entry.rid))
             return
@@ -322,6 +335,10 @@ class Failover:
     # ---- groups --------------------------------------------------------------------------------------------------
 
     def _choose(self, request: InFlight, spread: bool = False) -> int:
+        heir = self.router.groups.get(-1 if request.heir is None else request.heir)
+        if heir is not None and (heir.requests == 0 or heir.fits(request.entry.reserved_tokens)):
+            assert request.heir is not None
+            return request.heir
         group = self.router.choose(request.prompt, request.namespace, spread)
         assert group is not None, "asked only while a group serves"
         return group

@@ -34,6 +34,10 @@ class Host:
         """Bring a group that just became ready to the state of the others. A reason why it must not serve, or None."""
         raise NotImplementedError
 
+    def content(self) -> str:
+        """A name for the weights that all groups serve; another one after every change of them."""
+        raise NotImplementedError
+
     def group_lost(self, group: int, epoch: int) -> None:
         """Nobody needs to wait for this epoch any more."""
         raise NotImplementedError

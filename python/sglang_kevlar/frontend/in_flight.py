@@ -28,6 +28,8 @@ class InFlight:
         self.entry = entry
         self.outcome = outcome
         self.abort_requested = False
+        #: after a redirect: the group that has the shadow of its KV
+        self.heir: int | None = None
         #: its last output was received; its client may already use its id again
         self.ended = False
         #: tokens the group that continues it computed again

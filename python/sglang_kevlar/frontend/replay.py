@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import uuid
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -45,6 +46,8 @@ class _Changes:
     version: UpdateWeightVersionReqInput | None = None
     adapters: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     pause: PauseGenerationReqInput | None = None
+    #: names the weights; KV of one name is of no use under another
+    content: str = "0"
     not_replayable: str | None = None
 
 
@@ -112,13 +115,13 @@ class RunTimeChanges:
     def _changed(self, request: Any) -> _Changes:
         now = self._changes
         if isinstance(request, UpdateWeightFromDiskReqInput):
-            return replace(now, weights=request, not_replayable=None)
+            return replace(now, weights=request, content=uuid.uuid4().hex, not_replayable=None)
         if isinstance(request, _LIVE_ONLY):
             why = (
                 f"model weights were changed by {type(request).__name__.removesuffix('ReqInput')}, which only the "
                 f"running groups received; update from disk, or restart the server, to bring it back"
             )
-            return replace(now, not_replayable=why)
+            return replace(now, content=uuid.uuid4().hex, not_replayable=why)
         if isinstance(request, UpdateWeightVersionReqInput):
             return replace(now, version=request)
         if isinstance(request, LoadLoRAAdapterReqInput | LoadLoRAAdapterFromTensorsReqInput):
@@ -134,6 +137,10 @@ class RunTimeChanges:
         if isinstance(request, ContinueGenerationReqInput):
             return replace(now, pause=None)
         return now
+
+    @property
+    def content(self) -> str:
+        return self._changes.content
 
     @property
     def weights(self) -> UpdateWeightFromDiskReqInput | None:

@@ -45,6 +45,7 @@ from sglang_kevlar.frontend.loads import GroupLoadReader
 from sglang_kevlar.frontend.monitor import GroupMonitor
 from sglang_kevlar.frontend.outcome import RequestOutcome, outcome_of
 from sglang_kevlar.frontend.replay import RunTimeChanges, changes_weights
+from sglang_kevlar.frontend.shadows import ShadowReader
 from sglang_kevlar.observability.events import FailoverEvents
 from sglang_kevlar.observability.metrics import NoMetrics, PrometheusMetrics, forget_dead_processes
 from sglang_kevlar.protocol.launch import LaunchPlan, Paths
@@ -95,6 +96,7 @@ class KevlarTokenizerManager(TokenizerManager, Host):
             metrics=metrics,
         )
         self.load_snapshot_reader = GroupLoadReader(self.plan, self.failover)
+        self._shadows = ShadowReader(self.plan, self.paths)
 
     def init_communicators(self) -> None:
         super().init_communicators()
@@ -213,6 +215,9 @@ class KevlarTokenizerManager(TokenizerManager, Host):
         else:
             self._result_dispatcher(reply)
 
+    def content(self) -> str:
+        return self._changes.content
+
     def group_lost(self, group: int, epoch: int) -> None:
         for communicator in self._communicators.values():
             communicator.on_group_lost((group, epoch))
@@ -270,10 +275,16 @@ class KevlarTokenizerManager(TokenizerManager, Host):
         """Send to every group that serves; what changes them is remembered for those that start later."""
         self._changes.record(obj)
         channels = [channel for channel in self.failover.channels.values() if channel.up_to_date]
-        if channels and changes_weights(obj):
+        weights = bool(channels) and changes_weights(obj)
+        if weights:
             self.failover.journal.weights += 1
             self.failover.router.forget_prefixes()
-        return {(channel.group, channel.epoch) for channel in channels if self.failover.send(channel, obj)}
+            # In every group's own order: nothing is shadowed or promoted between the old weights and the new.
+            self.failover.plan_shadows(content="")
+        sent = {(channel.group, channel.epoch) for channel in channels if self.failover.send(channel, obj)}
+        if weights:
+            self.failover.plan_shadows()
+        return sent
 
     def _disagree(self, request: Any, name: str, failed: dict[GroupEpoch, str]) -> None:
         """These groups did not do what others did, or may have: they start again and are brought up to date.
@@ -315,8 +326,7 @@ class KevlarTokenizerManager(TokenizerManager, Host):
             group["weight_version"] = self.config_value("weight_version")
             group["running"] = running[group["id"]]
             group["queued"] = self._queued(group["id"])
-            # Filled by the shadow (KV replication); no KV leaves a group yet.
-            group["shadow"] = None
+            group["shadow"] = self._shadows.status(group["id"], group["epoch"])
         return {
             "version": __version__,
             "upstream": self.plan.upstream,

@@ -40,6 +40,12 @@ class KevlarArgs(msgspec.Struct, frozen=True, kw_only=True):
     control_timeout: float = 600.0
     #: tokens between two reports of a request that does not stream
     journal_interval: int = 4
+    #: GiB of host memory in which a rank keeps the shadow of another group's; 0: no shadows
+    shadow_memory: float = 4.0
+    #: contexts shorter than this are not worth shadowing
+    shadow_min_context: int = 64
+    #: MB/s that a rank sends at most; 0: no limit
+    shadow_bandwidth: float = 0.0
 
 
 class LaunchPlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -82,9 +88,17 @@ class Paths:
         """``member`` is ``rank0``, ``rank1``, ... or ``detokenizer``."""
         return f"{self.run_dir}/g{group}e{epoch}.{member}.hb"
 
+    def shadow_counters(self, group: int, epoch: int, rank: int) -> str:
+        return f"{self.run_dir}/g{group}e{epoch}.rank{rank}.shadow"
+
     def channel(self, group: int, epoch: int, name: str) -> str:
-        """ZMQ endpoint of one incarnation; ``name``: tokenizer, scheduler, detokenizer, rpc, metrics."""
+        """ZMQ endpoint of one incarnation; ``name``: tokenizer, scheduler, detokenizer, rpc, metrics, shadow0, ..."""
         return f"ipc://{self.run_dir}/g{group}e{epoch}.{name}"
+
+
+def window_name(launch_id: str, group: int, epoch: int, rank: int, number: int) -> str:
+    """File in /dev/shm of a rank's shadow window. Gone as soon as the target has it; the janitor knows the name."""
+    return f"{instance_id(launch_id, group, epoch)}.window{rank}.{number}"
 
 
 def instance_id(launch_id: str, group: int, epoch: int) -> str:

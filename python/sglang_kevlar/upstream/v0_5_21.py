@@ -9,7 +9,7 @@ from __future__ import annotations
 from sglang_kevlar.upstream.contract import Role, Seam
 
 #: files in patches/0.5.21
-PATCHES: tuple[str, ...] = ()
+PATCHES: tuple[str, ...] = ("0001-ollama-last-text.patch",)
 
 _PREPARE: tuple[Role, ...] = ("prepare",)
 _FRONTEND: tuple[Role, ...] = ("frontend",)
@@ -315,6 +315,56 @@ _WORKER_SEAMS = (
     ),
 )
 
+_TREE = "srt.mem_cache.unified_radix_cache:UnifiedRadixCache"
+_TREE_CORE = "srt.mem_cache.unified_cache.unified_tree_core_interface:UnifiedTreeCoreInterface"
+_POOL = "srt.mem_cache.memory_pool:"
+_SHADOW_SEAMS = (
+    _seam(
+        _SCHEDULER,
+        _RANK,
+        fields="request_receiver tree_cache req_to_token_pool token_to_kv_pool_allocator page_size server_args "
+        "disable_radix_cache is_generation spec_algorithm device forward_stream",
+    ),
+    *_methods(
+        _SCHEDULER,
+        _RANK,
+        init_request_receiver="",
+        process_batch_result="batch result",
+        flush_cache="empty_cache",
+    ),
+    _seam("srt.managers.scheduler_components.request_receiver:SchedulerRequestReceiver", _RANK),
+    *_methods("srt.managers.scheduler_components.request_receiver:SchedulerRequestReceiver", _RANK, _pull_raw_reqs=""),
+    _seam(_BATCH, _RANK, fields="prefix_lens extend_lens"),
+    _seam(
+        _REQ,
+        _RANK,
+        fields="extra_key cache_salt rid input_embeds positional_embed_overrides multimodal_inputs beam_group "
+        "skip_radix_cache_insert session sampling_params kv",
+    ),
+    _seam(_POOL + "MHATokenToKVPool", _RANK, fields="k_buffer v_buffer kv_cache_layout dtype size"),
+    _seam(_POOL + "MLATokenToKVPool", _RANK, fields="kv_buffer dtype size"),
+    _seam(_POOL + "ReqToTokenPool", _RANK, fields="req_to_token"),
+    _seam("srt.mem_cache.radix_cache:RadixKey", _RANK, passes="token_ids extra_key cache_salt"),
+    _seam("srt.mem_cache.base_prefix_cache:MatchPrefixParams", _RANK, passes="key"),
+    _seam("srt.mem_cache.base_prefix_cache:InsertParams", _RANK, passes="key value prev_prefix_len"),
+    _seam(
+        "srt.mem_cache.base_prefix_cache:MatchResult", _RANK, fields="device_indices last_device_node host_hit_length"
+    ),
+    _seam("srt.mem_cache.base_prefix_cache:IncLockRefResult.to_dec_params", _RANK, signature="self"),
+    _seam("srt.mem_cache.common:evict_from_tree_cache", _RANK, signature="tree_cache num_tokens"),
+    _seam("srt.mem_cache.allocator:BaseTokenToKVPoolAllocator.alloc", _RANK, passes="need_size"),
+    _seam("srt.mem_cache.allocator:BaseTokenToKVPoolAllocator.get_kvcache", _RANK, signature="self"),
+    _seam(_TREE, _RANK, fields="tree_core"),
+    _seam(_TREE + ".match_prefix", _RANK, passes="params"),
+    _seam(_TREE + ".insert", _RANK, passes="params"),
+    _seam(_TREE + ".inc_lock_ref", _RANK, passes="node_id"),
+    _seam(_TREE + ".dec_lock_ref", _RANK, passes="node_id params"),
+    _seam(_TREE + ".root_node_handle", _RANK, passes="extra_key"),
+    # Read-only, unlike match_prefix: ranks may call them in different steps.
+    _seam(_TREE_CORE + ".match_full_device_prefix", _RANK, signature="self key"),
+    _seam(_TREE_CORE + ".collect_full_device_indices", _RANK, signature="self from_node_id until_node_id"),
+)
+
 #: Checked on the spot by ``platform.hooks`` on a CPU; here for ``scripts/check_upstream.py`` and the tests.
 _ALLOCATOR = "srt.mem_cache.allocator:PagedTokenToKVPoolAllocator"
 _CPU_SEAMS = (
@@ -358,4 +408,4 @@ _CPU_SEAMS = (
     _seam("srt.lora.backend.torch_backend:torch", _CPU),
 )
 
-SEAMS: tuple[Seam, ...] = (*_START, *_IPC, *_FRONTEND_SEAMS, *_WORKER_SEAMS, *_CPU_SEAMS)
+SEAMS: tuple[Seam, ...] = (*_START, *_IPC, *_FRONTEND_SEAMS, *_WORKER_SEAMS, *_SHADOW_SEAMS, *_CPU_SEAMS)

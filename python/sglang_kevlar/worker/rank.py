@@ -18,6 +18,8 @@ from sglang_kevlar.worker.bootstrap import Incarnation, argument_parser, describ
 if TYPE_CHECKING:
     from sglang.srt.managers.scheduler import Scheduler
 
+    from sglang_kevlar.shadow.rank import RankShadow
+
 
 class _ReadyPipe:
     """Stands in for the pipe through which upstream's scheduler process reports its initialisation."""
@@ -29,13 +31,18 @@ class _ReadyPipe:
         self._incarnation.status.send(init_info)
 
 
-def _scheduler_class(incarnation: Incarnation) -> type[Scheduler]:
+def _scheduler_class(incarnation: Incarnation, rank: int) -> type[Scheduler]:
     """KevlarScheduler, made to report how it started and ended: upstream's process function keeps that to itself."""
+    from sglang_kevlar.shadow import rank as shadow
     from sglang_kevlar.worker.scheduler import KevlarScheduler
 
     class RankScheduler(KevlarScheduler):
         started: RankScheduler | None = None
         heartbeat = incarnation.heartbeat
+
+        def start_shadow(self) -> RankShadow | None:
+            place = (incarnation.group, incarnation.epoch, rank)
+            return shadow.start(self, incarnation.plan, incarnation.paths, *place)
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             try:
@@ -57,7 +64,7 @@ def _run(incarnation: Incarnation, rank: int) -> bool:
     from sglang.srt.managers import scheduler as upstream
     from sglang.srt.utils import maybe_reindex_device_id
 
-    scheduler_class: Any = _scheduler_class(incarnation)
+    scheduler_class: Any = _scheduler_class(incarnation, rank)
     upstream.Scheduler = scheduler_class
     plan = incarnation.plan
     pp_rank, tp_rank = divmod(rank, plan.tp_size)

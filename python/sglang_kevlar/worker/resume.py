@@ -1,4 +1,4 @@
-"""Continuing a request on another group: the wire message, and its effect on the scheduler's request.
+"""Continuing a request on another group: the wire messages, and their effect on the scheduler's request.
 
 The base is upstream's retraction path: a request whose delivered tokens already stand in ``output_ids`` is prefilled
 over prompt plus output and goes on behind the last token. Retraction keeps the Python object, so everything it holds
@@ -41,9 +41,18 @@ class StartedReqOutput(BaseReq, kw_only=True):  # type: ignore[call-arg, misc]
     recomputed_tokens: int
 
 
+class ShadowPlanReq(BaseReq, kw_only=True):  # type: ignore[call-arg, misc]
+    """Frontend to a group, whenever one of these changes: what its KV is of, and who keeps its shadow."""
+
+    #: names the weights that it serves; empty while they change, when nothing is sent or promoted
+    content: str
+    #: (group, epoch); None: nobody
+    target: tuple[int, int] | None = None
+
+
 def register_wire_types() -> None:
     """Let upstream's sockets carry the types above. Needed in both end processes; idempotent."""
-    io_struct.hook_custom_types(ResumedGenerateReqInput, StartedReqOutput)
+    io_struct.hook_custom_types(ResumedGenerateReqInput, StartedReqOutput, ShadowPlanReq)
 
 
 def as_resumed(tokenized: TokenizedGenerateReqInput, resume: ResumeState) -> ResumedGenerateReqInput:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
 from typing import Any, ClassVar, Protocol
@@ -18,12 +19,16 @@ from sglang.srt.managers.io_struct import (
 )
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from sglang.srt.managers.scheduler import Scheduler
+from sglang.srt.managers.scheduler_components.request_receiver import SchedulerRequestReceiver
 from sglang.srt.runtime_context import get_parallel
 from sglang.utils import TypeBasedDispatcher
 
+from sglang_kevlar.shadow.promote import PromoteReq
+from sglang_kevlar.shadow.rank import RankShadow
 from sglang_kevlar.worker.penalties import count_inputs
 from sglang_kevlar.worker.resume import (
     ResumedGenerateReqInput,
+    ShadowPlanReq,
     StartedReqOutput,
     apply_resume,
     register_wire_types,
@@ -52,6 +57,19 @@ class Heartbeat(Protocol):
     def control(self) -> None: ...
 
 
+@dataclasses.dataclass(kw_only=True, slots=True, frozen=True)
+class PromotingReceiver(SchedulerRequestReceiver):  # type: ignore[misc]
+    """Upstream's receiver, which can put something before a request into the broadcast to all ranks."""
+
+    promote: Callable[[list[Any]], list[Any]]
+
+    def _pull_raw_reqs(self) -> list[Any] | None:
+        # super() without arguments does not work in a class with slots made by the decorator.
+        messages: list[Any] | None = SchedulerRequestReceiver._pull_raw_reqs(self)
+        # Later stages of a pipeline get what the first one received, with what is before it.
+        return self.promote(messages) if messages and get_parallel().pp_rank == 0 else messages
+
+
 class KevlarScheduler(Scheduler):  # type: ignore[misc]
     #: Set on the class by the rank process before it constructs the scheduler.
     heartbeat: ClassVar[Heartbeat | None] = None
@@ -60,18 +78,30 @@ class KevlarScheduler(Scheduler):  # type: ignore[misc]
         register_wire_types()
         #: the resume of the request that is just being taken in
         self._arriving_resume: Any = None
+        self.shadow: RankShadow | None = None
         super().__init__(*args, **kwargs)
         #: Tokens of the batches that may be in flight. With overlap a step waits for the batch before; a pipeline
         #: stage waits for all microbatches.
         parallel = get_parallel()
         depth = parallel.pp_size + parallel.pp_async_batch_depth if parallel.pp_size > 1 else 2
         self._in_flight: deque[int] = deque(maxlen=depth)
+        self.shadow = self.start_shadow()
+
+    def start_shadow(self) -> RankShadow | None:
+        """This rank's part of the shadow. A rank process, which knows its group, makes one."""
+        return None
 
     # --- resuming a request
 
     def init_request_dispatcher(self) -> None:
         super().init_request_dispatcher()
-        self._request_dispatcher += TypeBasedDispatcher([(ResumedGenerateReqInput, self.handle_resumed_request)])
+        self._request_dispatcher += TypeBasedDispatcher(
+            [
+                (ResumedGenerateReqInput, self.handle_resumed_request),
+                (PromoteReq, self._promote),
+                (ShadowPlanReq, self._follow_shadow_plan),
+            ]
+        )
 
     def handle_resumed_request(self, recv_req: ResumedGenerateReqInput) -> None:
         """Take in a request that already has output. Whatever is wrong with it ends the request, not the scheduler."""
@@ -135,6 +165,41 @@ class KevlarScheduler(Scheduler):  # type: ignore[misc]
                 recomputed = len(req.full_untruncated_fill_ids) - len(req.prefix_indices) if resumed else 0
                 report = StartedReqOutput(rid=req.rid, recomputed_tokens=recomputed)
                 self.ipc_channels.send_to_tokenizer.send_output(report, req)
+                if self.shadow is not None:
+                    self.shadow.exporter.begin(req)
+
+    # --- the shadow
+
+    def init_request_receiver(self) -> None:
+        super().init_request_receiver()
+        plain: SchedulerRequestReceiver = self.request_receiver  # type: ignore[has-type]
+        fields = {field.name: getattr(plain, field.name) for field in dataclasses.fields(plain)}
+        self.request_receiver = PromotingReceiver(**fields, promote=self._with_promotions)
+
+    def _with_promotions(self, messages: list[Any]) -> list[Any]:
+        return messages if self.shadow is None else self.shadow.with_promotions(messages)
+
+    def _promote(self, promote: PromoteReq) -> None:
+        assert self.shadow is not None, "a rank of this group has a shadow store and this one has not"
+        self.shadow.promote(promote)
+
+    def _follow_shadow_plan(self, plan: ShadowPlanReq) -> None:
+        if self.shadow is not None:
+            self.shadow.follow(plan)
+
+    def flush_cache(self, empty_cache: bool = True) -> bool:
+        flushed = bool(super().flush_cache(empty_cache))
+        if flushed and self.shadow is not None:
+            self.shadow.flushed()
+        return flushed
+
+    def process_batch_result(self, batch: ScheduleBatch, result: Any) -> None:
+        if self.shadow is None:
+            super().process_batch_result(batch, result)
+            return
+        self.shadow.exporter.before_result(batch)
+        super().process_batch_result(batch, result)
+        self.shadow.exporter.after_result(batch)
 
     # --- penalties under the overlap schedule
 
@@ -168,6 +233,8 @@ class KevlarScheduler(Scheduler):  # type: ignore[misc]
 
     def on_idle(self) -> None:
         self._beat_idle()
+        if self.shadow is not None:
+            self.shadow.exporter.idle()
         super().on_idle()
 
     def _record_scheduler_state_for_paused_engine(self) -> None:

@@ -1,0 +1,230 @@
+"""What a shadow store holds: a radix tree of blocks, of bounded size.
+
+A pure bookkeeper: slots are numbers, whoever owns the memory fills them. A block is kept as long as a child of it is,
+so a lookup never meets a hole. When room is needed, leaves go: first those no running request needs, least recently
+used first; then those of running requests, shortest context first, because the longest cost most to compute again.
+Pinned blocks never go.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class Block:
+    slot: int
+    #: None: the first block of a sequence
+    parent: bytes | None
+    depth: int
+    crc: int
+    children: int = 0
+    #: running requests of the source whose context includes this block
+    live: int = 0
+    pins: int = 0
+
+
+class StoreIndex:
+    """Blocks by key, in ``capacity`` slots."""
+
+    def __init__(self, capacity: int) -> None:
+        assert capacity > 0
+        self.capacity = capacity
+        self._blocks: dict[bytes, Block] = {}
+        self._free = list(range(capacity - 1, -1, -1))
+        #: leaves that nobody needs, least recently used first
+        self._idle: OrderedDict[bytes, None] = OrderedDict()
+        #: deepest block of each running request
+        self._leaves: dict[bytes, bytes] = {}
+        self.evicted = 0
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._blocks
+
+    def get(self, key: bytes) -> Block:
+        return self._blocks[key]
+
+    def add(self, key: bytes, parent: bytes | None, crc: int) -> tuple[int | None, list[bytes]]:
+        """A slot for a block that is not there yet, and the keys evicted for it.
+
+        The slot is None when the parent is not held, or everything is pinned or an ancestor of this block.
+        """
+        assert key not in self._blocks
+        holder = None
+        if parent is not None:
+            holder = self._blocks.get(parent)
+            if holder is None:
+                return None, []
+            holder.pins += 1  # it must not be evicted for its own child
+            self._idle.pop(parent, None)
+        evicted = self._make_room()
+        if holder is not None:
+            holder.pins -= 1
+        if not self._free:
+            self._park(parent)
+            return None, evicted
+        slot = self._free.pop()
+        depth = 0
+        if holder is not None:
+            holder.children += 1
+            depth = holder.depth + 1
+        self._blocks[key] = Block(slot, parent, depth, crc)
+        self._park(key)
+        return slot, evicted
+
+    def extend_live(self, request: bytes, leaf: bytes) -> None:
+        """The running ``request`` has grown to ``leaf``, which is held. Its old leaf is an ancestor of it, or gone."""
+        before = self._leaves.get(request)
+        if before == leaf:
+            return
+        key: bytes | None = leaf
+        while key is not None and key != before:
+            block = self._blocks[key]
+            block.live += 1
+            self._idle.pop(key, None)
+            key = block.parent
+        if before is not None and key is None:
+            self._count_down(before)
+        self._leaves[request] = leaf
+
+    def end_live(self, request: bytes) -> None:
+        leaf = self._leaves.pop(request, None)
+        if leaf is not None:
+            self._count_down(leaf)
+
+    def end_all_live(self) -> None:
+        """The source is gone: its requests run nowhere, and are about to be moved here, or are over."""
+        for request in list(self._leaves):
+            self.end_live(request)
+
+    def longest(self, keys: Sequence[bytes]) -> int:
+        """How many of ``keys``, which follow each other, are held."""
+        for count, key in enumerate(keys):
+            if key not in self._blocks:
+                return count
+        return len(keys)
+
+    def pin(self, keys: Sequence[bytes]) -> None:
+        for key in keys:
+            self._blocks[key].pins += 1
+            self._idle.pop(key, None)
+
+    def unpin(self, keys: Sequence[bytes]) -> None:
+        """The end of a pin. Counts as a use: the whole chain becomes the most recent."""
+        for key in keys:
+            block = self._blocks[key]
+            assert block.pins > 0
+            block.pins -= 1
+            self._park(key)
+
+    def remove(self, key: bytes) -> list[bytes]:
+        """Drop a block found damaged, with everything behind it, unless pinned. Returns the keys dropped."""
+        behind = {key}
+        # Children are always added after their parents, so one pass in that order finds them all.
+        for other, block in self._blocks.items():
+            if block.parent in behind:
+                behind.add(other)
+        if any(self._blocks[other].pins for other in behind):
+            return []
+        for request, leaf in list(self._leaves.items()):
+            if leaf in behind:
+                self.end_live(request)
+        dropped = sorted(behind, key=lambda other: self._blocks[other].depth, reverse=True)
+        for other in dropped:
+            self._drop(other)
+        return dropped
+
+    def clear(self) -> None:
+        """Forget everything that is not pinned or an ancestor of what is."""
+        self.end_all_live()
+        while self._idle:
+            self._drop(next(iter(self._idle)))
+
+    def _make_room(self) -> list[bytes]:
+        if self._free:
+            return []
+        victim = next(iter(self._idle), None)
+        if victim is None:
+            victim = self._shortest_live()
+        if victim is None:
+            return []
+        self._drop(victim)
+        self.evicted += 1
+        return [victim]
+
+    def _shortest_live(self) -> bytes | None:
+        """Takes the last block of the running request with the shortest context from it."""
+        candidates = [
+            (self._blocks[leaf].depth, request, leaf)
+            for request, leaf in self._leaves.items()
+            if self._blocks[leaf].children == 0 and self._blocks[leaf].pins == 0
+        ]
+        if not candidates:
+            return None
+        _, _, leaf = min(candidates)
+        parent = self._blocks[leaf].parent
+        for request in [request for request, other in self._leaves.items() if other == leaf]:
+            self._blocks[leaf].live -= 1
+            if parent is None:
+                del self._leaves[request]
+            else:
+                self._leaves[request] = parent
+        return leaf
+
+    def _count_down(self, leaf: bytes) -> None:
+        key: bytes | None = leaf
+        while key is not None:
+            block = self._blocks[key]
+            block.live -= 1
+            assert block.live >= 0
+            self._park(key)
+            key = block.parent
+
+    def _park(self, key: bytes | None) -> None:
+        """Make a block evictable, as the most recently used, if nothing holds it any more."""
+        if key is None:
+            return
+        block = self._blocks[key]
+        if block.children == 0 and block.live == 0 and block.pins == 0:
+            self._idle[key] = None
+            self._idle.move_to_end(key)
+
+    def _drop(self, key: bytes) -> None:
+        block = self._blocks.pop(key)
+        assert block.children == 0 and block.live == 0 and block.pins == 0
+        self._idle.pop(key, None)
+        self._free.append(block.slot)
+        if block.parent is not None:
+            parent = self._blocks[block.parent]
+            parent.children -= 1
+            if parent.children == 0 and parent.live == 0 and parent.pins == 0:
+                # As old as its child: it is next.
+                self._idle[block.parent] = None
+                self._idle.move_to_end(block.parent, last=False)
+
+    def check(self) -> None:
+        """Assert what holds between any two calls."""
+        assert len(self._free) + len(self._blocks) == self.capacity
+        slots = [block.slot for block in self._blocks.values()] + self._free
+        assert sorted(slots) == list(range(self.capacity))
+        children: dict[bytes, int] = {}
+        for block in self._blocks.values():
+            if block.parent is not None:
+                assert block.parent in self._blocks
+                children[block.parent] = children.get(block.parent, 0) + 1
+        live: dict[bytes, int] = {}
+        for leaf in self._leaves.values():
+            key: bytes | None = leaf
+            while key is not None:
+                live[key] = live.get(key, 0) + 1
+                key = self._blocks[key].parent
+        for key, block in self._blocks.items():
+            assert block.children == children.get(key, 0)
+            assert block.live == live.get(key, 0)
+            idle = block.children == 0 and block.live == 0 and block.pins == 0
+            assert (key in self._idle) == idle, (key, block)

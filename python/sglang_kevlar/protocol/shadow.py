@@ -1,0 +1,155 @@
+"""Messages of a shadow link, rank to rank (msgpack over ZMQ; the bytes of KV lie in the window beside it).
+
+A source's rank is a DEALER, the store of the same rank of the target a ROUTER. One session: `Hello`, answered by
+`Accept` or `Refuse`; then `Parcel`, `Ended` and `Forget` in one numbered order, answered by `Ack`, or by `Resync` when
+something did not arrive as it was sent. Every message names its session, so what is left of an older one is dropped.
+
+The ranks of the target ask each other's stores by `Lookup`, from the same socket type.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+SHADOW_VERSION = 1
+
+
+class Layout(msgspec.Struct, frozen=True, kw_only=True):
+    """What makes KV bytes of one rank readable for another: all of it must be equal on both sides."""
+
+    version: int
+    upstream: str
+    #: resolved path or name of the model, and how its weights were loaded
+    model: str
+    #: tensor- and pipeline-parallel position and sizes: "tp0/2 pp0/1"
+    shard: str
+    kv_dtype: str
+    page_size: int
+    block_tokens: int
+    #: bytes of one token in each buffer of the pool, in order
+    rows: list[int]
+
+    @property
+    def token_bytes(self) -> int:
+        return sum(self.rows)
+
+    @property
+    def block_bytes(self) -> int:
+        return self.token_bytes * self.block_tokens
+
+
+class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
+    session: str
+    group: int
+    epoch: int
+    layout: Layout
+    #: file of the window, and its size in bytes
+    window: str
+    window_bytes: int
+
+
+class Parcel(msgspec.Struct, frozen=True, kw_only=True, tag="parcel"):
+    """Blocks of one sequence that follow each other; their KV is at ``offset`` of the window, one behind the other."""
+
+    session: str
+    sequence: int
+    offset: int
+    #: key of the block before; None: the first is the first of its sequence
+    parent: bytes | None
+    keys: list[bytes]
+    #: CRC-32 of each block
+    crcs: list[int]
+    #: the running request this is for; None: of a finished one
+    request: bytes | None = None
+
+
+class Ended(msgspec.Struct, frozen=True, kw_only=True, tag="ended"):
+    """A running request ended: its blocks are kept no longer than others."""
+
+    session: str
+    sequence: int
+    request: bytes
+
+
+class Forget(msgspec.Struct, frozen=True, kw_only=True, tag="forget"):
+    """The source's cache was flushed: drop everything that it sent."""
+
+    session: str
+    sequence: int
+
+
+class Accept(msgspec.Struct, frozen=True, kw_only=True, tag="accept"):
+    session: str
+    #: blocks the store has room for
+    capacity: int
+
+
+class Refuse(msgspec.Struct, frozen=True, kw_only=True, tag="refuse"):
+    session: str
+    reason: str
+
+
+class Ack(msgspec.Struct, frozen=True, kw_only=True, tag="ack"):
+    """Everything up to ``sequence`` was taken in; ``gone``: keys that are not held (any more)."""
+
+    session: str
+    sequence: int
+    gone: list[bytes]
+
+
+class Resync(msgspec.Struct, frozen=True, kw_only=True, tag="resync"):
+    """Something of this session is not as it was sent. The source begins a new one."""
+
+    session: str
+    reason: str
+
+
+class Lookup(msgspec.Struct, frozen=True, kw_only=True, tag="lookup"):
+    """How many of ``keys``, blocks that follow each other, are held intact?
+
+    They are pinned under ``ticket`` until the scheduler has used them.
+    """
+
+    ticket: str
+    keys: list[bytes]
+
+
+class Held(msgspec.Struct, frozen=True, kw_only=True, tag="held"):
+    ticket: str
+    blocks: int
+
+
+ToStore = Hello | Parcel | Ended | Forget | Lookup
+FromStore = Accept | Refuse | Ack | Resync | Held
+
+
+class ShadowCounters(msgspec.Struct, kw_only=True):
+    """One rank's account of both roles, written to its counters file about twice a second."""
+
+    #: (group, epoch) that keeps this rank's shadow, and whether it accepted
+    to: tuple[int, int] | None = None
+    linked: bool = False
+    #: why there is no shadow, if there cannot be one
+    off: str = ""
+    #: valid KV of running requests that the target has not acknowledged
+    lag_tokens: int = 0
+    token_bytes: int = 0
+    sent_tokens: int = 0
+    sent_bytes: int = 0
+    #: acknowledged by the target, in its store or evicted there since
+    shadowed_tokens: int = 0
+    #: not sent because the target had them already
+    saved_tokens: int = 0
+    #: no longer cached here when their turn came
+    dropped_tokens: int = 0
+    resyncs: int = 0
+    #: this rank as a store
+    store_tokens: int = 0
+    store_capacity_tokens: int = 0
+    evicted_tokens: int = 0
+    rejected_frames: int = 0
+    lookups: int = 0
+    hits: int = 0
+    promoted_tokens: int = 0
+    #: CPU seconds of the scheduler's thread in shadow code, and its wall time since the start
+    scheduler_cpu_s: float = 0.0

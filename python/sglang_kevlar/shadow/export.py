@@ -1,0 +1,289 @@
+"""The source's side in the scheduler: which KV has become valid and is missing at the target, and copying it.
+
+All of it runs on the scheduler's thread, between the steps. It never waits: when the sender has no room, a request's
+KV stays where it is, in the pool, and is copied when there is; that of a finished request as long as the tree keeps it.
+"""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sglang.srt.mem_cache.radix_cache import RadixKey
+
+from sglang_kevlar.control.shadow_keys import KeyChain, root_key
+from sglang_kevlar.control.shadow_link import ShadowLink
+from sglang_kevlar.protocol.shadow import ShadowCounters
+from sglang_kevlar.shadow.pool import PoolRows
+from sglang_kevlar.shadow.sender import Piece, ShadowSender
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+
+#: decode steps between two copies: one copy of many tokens costs the loop less than many of a few
+DECODE_INTERVAL = 8
+#: finished sequences remembered, to be sent to a new target
+FINISHED_KEPT = 1024
+#: the least room worth a copy of finished sequences' KV, as a share of the window
+CATCH_UP_SHARE = 0.25
+
+
+class _Sequence:
+    """A request's tokens and the keys of their blocks."""
+
+    __slots__ = ("cache_salt", "chain", "content", "extra_key", "link", "rid", "sent", "tokens")
+
+    def __init__(self, req: Req, content: str, block: int) -> None:
+        self.content = content
+        self.chain = KeyChain(root_key(content, req.extra_key, req.cache_salt), block)
+        self.extra_key = req.extra_key
+        self.cache_salt = req.cache_salt
+        self.rid = req.rid.encode()
+        #: the first so many blocks are at the target of this link, or on their way
+        self.link: ShadowLink | None = None
+        self.sent = 0
+        #: all tokens with KV; once the request has finished
+        self.tokens: array[int] = array("q")
+
+
+class Exporter:
+    def __init__(
+        self,
+        rows: PoolRows,
+        block: int,
+        req_to_token: torch.Tensor,
+        tree: Any,
+        sender: ShadowSender,
+        min_context: int,
+        counters: ShadowCounters,
+    ) -> None:
+        """``block``: tokens of a block. ``req_to_token``: slots by (row of the request, position)."""
+        self._rows = rows
+        self._block = block
+        self._req_to_token = req_to_token
+        self._tree = tree
+        self._sender = sender
+        self._min_context = max(min_context, block)
+        self._counters = counters
+        #: names the weights; empty while they change
+        self.content = ""
+        self._decode_steps = 0
+        #: finished sequences, oldest first, by their last key's object
+        self._finished: OrderedDict[int, _Sequence] = OrderedDict()
+        self._finished_tokens = 0
+        self._finished_limit = rows.capacity_tokens
+        self._link: ShadowLink | None = None
+        #: finished sequences that may miss something at the target, most valuable last
+        self._behind: list[_Sequence] = []
+
+    # -- called by the scheduler
+
+    def begin(self, req: Req) -> None:
+        """The request runs for the first time. Its KV is of these weights, and of others once they change."""
+        if self.content and _shadowable(req):
+            req.kevlar_sequence = _Sequence(req, self.content, self._block)
+
+    def set_content(self, content: str) -> None:
+        """The weights have another name. What runs now mixes the KV of both and is not sent any more."""
+        if content != self.content:
+            self.content = content
+            self.forget()
+
+    def forget(self) -> None:
+        """What was cached is not any more, or not to be found under its old name."""
+        self._finished.clear()
+        self._finished_tokens = 0
+        self._behind.clear()
+
+    def before_result(self, batch: ScheduleBatch) -> None:
+        """A forward pass is done, and upstream has not processed its result: no slot of it is freed yet."""
+        started = time.thread_time()
+        link = self._sender.link
+        if link is not self._link:
+            self._new_link(link)
+        if link is not None:
+            if batch.forward_mode.is_decode():
+                self._decode_steps += 1
+                if self._decode_steps % DECODE_INTERVAL == 0:
+                    self._export(self._decoded(batch), link)
+                    self._catch_up(link)
+            elif batch.forward_mode.is_extend():
+                self._export(self._extended(batch), link)
+        self._counters.scheduler_cpu_s += time.thread_time() - started
+
+    def after_result(self, batch: ScheduleBatch) -> None:
+        """What finished is in the tree now, and what of it was not sent yet is copied from there."""
+        started = time.thread_time()
+        for req in batch.reqs:
+            if req.finished() and (sequence := req.__dict__.pop("kevlar_sequence", None)) is not None:
+                self._finish(req, sequence)
+        self._counters.scheduler_cpu_s += time.thread_time() - started
+
+    def idle(self) -> None:
+        started = time.thread_time()
+        link = self._sender.link
+        if link is not self._link:
+            self._new_link(link)
+        if link is not None:
+            self._catch_up(link)
+            self._counters.lag_tokens = self._sender.waiting_tokens
+        self._counters.scheduler_cpu_s += time.thread_time() - started
+
+    # -- running requests
+
+    def _decoded(self, batch: ScheduleBatch) -> list[tuple[Req, int]]:
+        """Requests and how many tokens of each have KV: all but the one just sampled, which is not appended yet."""
+        return [
+            (req, len(req.origin_input_ids) + len(req.output_ids))
+            for req in batch.reqs
+            if not (req.finished() or req.is_retracted)
+        ]
+
+    def _extended(self, batch: ScheduleBatch) -> list[tuple[Req, int]]:
+        return [
+            (req, prefix + extend)
+            for req, prefix, extend in zip(batch.reqs, batch.prefix_lens, batch.extend_lens, strict=True)
+            if not (req.finished() or req.is_retracted)
+        ]
+
+    def _export(self, valid: list[tuple[Req, int]], link: ShadowLink) -> None:
+        wanted = []
+        lag = 0
+        for req, tokens in valid:
+            sequence = req.__dict__.get("kevlar_sequence")
+            if sequence is None or tokens < self._min_context or not req.kv.holds_kv:
+                continue
+            if sequence.content != self.content:
+                continue
+            blocks = tokens // self._block
+            if sequence.link is not link:
+                sequence.link, sequence.sent = link, 0
+            if blocks > len(sequence.chain.keys):
+                done = len(sequence.chain.keys) * self._block
+                sequence.chain.grow(_tokens(req, done, blocks * self._block))
+            first = link.missing(sequence.chain.keys[:blocks], sequence.sent)
+            self._counters.saved_tokens += (first - sequence.sent) * self._block
+            sequence.sent = first
+            if first < blocks:
+                wanted.append((blocks, first, req, sequence))
+                lag += (blocks - first) * self._block
+        if wanted:
+            # The longest would cost most to compute again.
+            wanted.sort(key=lambda item: item[0], reverse=True)
+            room = self._sender.room()
+            copies = []
+            for blocks, first, req, sequence in wanted:
+                last = min(blocks, first + room)
+                if last == first:
+                    break
+                room -= last - first
+                lag -= (last - first) * self._block
+                slots = self._req_to_token[req.kv.req_pool_idx, first * self._block : last * self._block]
+                copies.append((sequence, first, last, slots, sequence.rid))
+            self._copy(copies, link)
+        self._counters.lag_tokens = lag + self._sender.waiting_tokens
+
+    def _copy(self, copies: list[tuple[_Sequence, int, int, torch.Tensor, bytes | None]], link: ShadowLink) -> None:
+        """Copy blocks ``first`` to ``last`` of each sequence from its ``slots``, in one go."""
+        if not copies:
+            return
+        staged = self._rows.read(torch.cat([slots for *_, slots, _ in copies]))
+        limit = max(1, self._sender.window_bytes // 4 // (self._rows.token_bytes * self._block))
+        at = 0
+        for sequence, first, last, _, request in copies:
+            for start in range(first, last, limit):
+                end = min(last, start + limit)
+                keys = sequence.chain.keys[start:end]
+                self._sender.queue(Piece(keys, sequence.chain.parent_of(start), staged, at, request), link)
+                at += (end - start) * self._block
+            sequence.sent = last
+        self._sender.wake()
+
+    # -- finished requests
+
+    def _finish(self, req: Req, sequence: _Sequence) -> None:
+        if sequence.link is not None:
+            self._sender.ended(sequence.rid, sequence.link)
+        # The last token was sampled and never an input: it has no KV.
+        total = len(req.origin_input_ids) + len(req.output_ids) - 1
+        blocks = total // self._block
+        if total < self._min_context or sequence.content != self.content:
+            return
+        sequence.tokens = _tokens(req, 0, blocks * self._block)
+        self._finished[id(sequence)] = sequence
+        self._finished_tokens += len(sequence.tokens)
+        while len(self._finished) > FINISHED_KEPT or self._finished_tokens > self._finished_limit:
+            _, oldest = self._finished.popitem(last=False)
+            self._finished_tokens -= len(oldest.tokens)
+        if self._link is not None:
+            self._behind.append(sequence)
+            self._catch_up(self._link)
+
+    def _new_link(self, link: ShadowLink | None) -> None:
+        self._link = link
+        self._behind = list(self._finished.values()) if link is not None else []
+
+    def _catch_up(self, link: ShadowLink) -> None:
+        """Send what finished requests left in the tree, the most recent first, as far as there is room."""
+        while self._behind:
+            room = self._sender.room()
+            sequence = self._behind[-1]
+            if sequence.link is not link:
+                sequence.link, sequence.sent = link, 0
+            done = len(sequence.chain.keys) * self._block
+            sequence.chain.grow(sequence.tokens[done:])
+            keys = sequence.chain.keys
+            first = link.missing(keys, sequence.sent)
+            if first == len(keys):
+                self._behind.pop()
+                continue
+            if room < min(len(keys) - first, self._least_room()):
+                return
+            slots = self._cached(sequence)
+            cached = len(slots) // self._block
+            if cached <= first:
+                self._counters.dropped_tokens += (len(keys) - first) * self._block
+                self._behind.pop()
+                continue
+            last = min(cached, first + room)
+            self._copy([(sequence, first, last, slots[first * self._block : last * self._block], None)], link)
+            if last == cached:
+                self._counters.dropped_tokens += (len(keys) - cached) * self._block
+                self._behind.pop()
+
+    def _least_room(self) -> int:
+        return int(self._sender.window_bytes * CATCH_UP_SHARE) // (self._rows.token_bytes * self._block)
+
+    def _cached(self, sequence: _Sequence) -> torch.Tensor:
+        """Slots of as many of its tokens as the tree has. Changes nothing: ranks do not do this in the same step."""
+        core = self._tree.tree_core
+        key = RadixKey(sequence.tokens, sequence.extra_key, cache_salt=sequence.cache_salt)
+        matched, node, _ = core.match_full_device_prefix(key)
+        if not matched:
+            return torch.empty(0, dtype=torch.int64)
+        root = self._tree.root_node_handle(sequence.extra_key)
+        slots: torch.Tensor = core.collect_full_device_indices(node, root)
+        return slots[:matched]
+
+
+def _shadowable(req: Req) -> bool:
+    """Whether tokens say what the KV is, and the client did not ask to be left out."""
+    if req.input_embeds is not None or req.positional_embed_overrides is not None or req.multimodal_inputs is not None:
+        return False
+    if req.beam_group is not None or req.skip_radix_cache_insert or req.session is not None:
+        return False
+    custom = req.sampling_params.custom_params
+    return not (isinstance(custom, dict) and custom.get("kevlar_shadow") is False)
+
+
+def _tokens(req: Req, start: int, end: int) -> array[int]:
+    """Tokens ``start`` to ``end`` of prompt and output."""
+    prompt = req.origin_input_ids
+    if end <= len(prompt):
+        return array("q", prompt[start:end])
+    output = req.output_ids
+    head = array("q", prompt[start:])
+    return head + array("q", output[max(0, start - len(prompt)) : end - len(prompt)])

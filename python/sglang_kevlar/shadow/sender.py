@@ -1,0 +1,346 @@
+"""The thread that carries a rank's KV to its shadow: from the copies that the scheduler made, into the window.
+
+The scheduler never waits for it. It asks whether there is room for another copy, and when there is not, the shadow
+lags until there is.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+import zlib
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import msgspec
+import zmq
+
+from sglang_kevlar.control.shadow_link import ShadowLink
+from sglang_kevlar.protocol.shadow import (
+    Accept,
+    Ack,
+    Ended,
+    Forget,
+    FromStore,
+    Hello,
+    Layout,
+    Parcel,
+    Refuse,
+    Resync,
+    ShadowCounters,
+)
+from sglang_kevlar.shadow import window
+from sglang_kevlar.shadow.pool import Staged, pack
+
+logger = logging.getLogger(__name__)
+
+WINDOW_BYTES = 32 << 20
+#: the window holds at least this many blocks
+WINDOW_BLOCKS = 8
+#: seconds after which a target that acknowledges nothing is begun with anew
+SILENCE = 10.0
+#: milliseconds between two looks at the clock while nothing happens
+TICK = 100
+#: seconds before a target that refused is asked again
+RETRY = 30.0
+COUNTERS_INTERVAL = 0.5
+
+
+@dataclass
+class Piece:
+    """Blocks of one sequence that follow each other, in a copy shared with other pieces."""
+
+    keys: list[bytes]
+    parent: bytes | None
+    staged: Staged
+    #: token of the copy at which they begin
+    first: int
+    request: bytes | None
+
+
+@dataclass
+class _End:
+    request: bytes
+
+
+class _Flush:
+    """Everything sent so far is no longer in the source's cache."""
+
+
+@dataclass
+class Target:
+    group: int
+    epoch: int
+    endpoint: str
+
+
+class ShadowSender:
+    """Methods without an underscore are called by the scheduler's thread."""
+
+    def __init__(
+        self,
+        group: int,
+        epoch: int,
+        layout: Layout,
+        bandwidth: float,
+        new_window: Callable[[], str],
+        counters: ShadowCounters,
+        counters_file: str,
+    ) -> None:
+        """``bandwidth``: bytes a second, 0 for no limit. ``new_window``: a name for a window, another at each call."""
+        self._group, self._epoch = group, epoch
+        self._layout = layout
+        self._bandwidth = bandwidth
+        self._new_window = new_window
+        self._counters = counters
+        self._counters_file = counters_file
+        self._written = b""
+        self.window_bytes = max(WINDOW_BYTES, WINDOW_BLOCKS * layout.block_bytes)
+        #: what the target has. None while there is no session; another object when nothing is known any more, and
+        #: everything has to be sent (again)
+        self.link: ShadowLink | None = None
+        self._queue: deque[tuple[ShadowLink, Piece | _End | _Flush]] = deque()
+        #: bytes of copies that are not in the window yet
+        self._staged = 0
+        self._staged_lock = threading.Lock()
+        self._wanted: Target | None = None
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK)
+        self._socket: zmq.Socket[bytes] | None = None
+        self._session = ""
+        self._window: window.Window | None = None
+        self._target: Target | None = None
+        self._opened_at = self._progress_at = 0.0
+        self._sent_sequence = 0
+        #: when the next parcel may go
+        self._not_before = 0.0
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="kevlar-shadow-sender", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopping = True
+        self._notify()
+        self._thread.join()
+
+    # -- the scheduler's side
+
+    def retarget(self, target: Target | None) -> None:
+        self._wanted = target
+        self._notify()
+
+    def room(self) -> int:
+        """Blocks that may be copied now."""
+        if self.link is None:
+            return 0
+        return max(0, (self.window_bytes - self._staged) // self._layout.block_bytes)
+
+    def queue(self, piece: Piece, link: ShadowLink) -> None:
+        """``link``: the one that says it is missing. What is meant for one that is over is dropped."""
+        link.known.update(piece.keys)
+        with self._staged_lock:
+            self._staged += len(piece.keys) * self._layout.block_bytes
+        self._queue.append((link, piece))
+
+    def ended(self, request: bytes, link: ShadowLink) -> None:
+        self._queue.append((link, _End(request)))
+
+    def flushed(self) -> None:
+        """The cache was flushed here: the target drops what it has of us."""
+        link = self.link
+        if link is not None:
+            link.known.clear()
+            self._queue.append((link, _Flush()))
+            self._notify()
+
+    def wake(self) -> None:
+        """There is something in the queue."""
+        self._notify()
+
+    @property
+    def waiting_tokens(self) -> int:
+        """Tokens copied or sent, and not acknowledged."""
+        link = self.link
+        staged = self._staged // self._layout.token_bytes
+        return staged + (link.in_flight_tokens if link is not None else 0)
+
+    def _notify(self) -> None:
+        os.eventfd_write(self._wake, 1)
+
+    # -- the thread
+
+    def _run(self) -> None:
+        counted_at = 0.0
+        while not self._stopping:
+            try:
+                self._step()
+            except Exception:
+                logger.exception("shadow sender: starting over")
+                self._disconnect()
+                time.sleep(1)
+            if time.monotonic() - counted_at >= COUNTERS_INTERVAL:
+                counted_at = time.monotonic()
+                self._write_counters()
+        self._disconnect()
+
+    def _step(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._wake, zmq.POLLIN)
+        if self._socket is not None:
+            poller.register(self._socket, zmq.POLLIN)
+        pause = self._not_before - time.monotonic()
+        poller.poll(min(TICK, int(pause * 1000) + 1) if pause > 0 else TICK)
+        try:
+            os.eventfd_read(self._wake)
+        except BlockingIOError:
+            pass
+        now = time.monotonic()
+        if self._wanted != self._target:
+            self._disconnect()
+            if self._wanted is not None:
+                self._connect(self._wanted)
+        elif self._target is not None and self._socket is None and now - self._opened_at > RETRY:
+            self._connect(self._target)
+        self._receive()
+        self._work()
+        oldest = self.link.oldest if self.link is not None else None
+        waiting = self._socket is not None and (self.link is None or oldest is not None)
+        if waiting and now - max(self._progress_at, self._opened_at) > SILENCE:
+            self._start_over(f"no answer for {SILENCE:g} s")
+
+    def _connect(self, target: Target) -> None:
+        name = self._new_window()
+        self._target = target
+        self._opened_at = time.monotonic()
+        self._session = name
+        self._window = window.create(name, self.window_bytes)
+        socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.connect(target.endpoint)
+        self._socket = socket
+        self._say(
+            Hello(
+                session=name,
+                group=self._group,
+                epoch=self._epoch,
+                layout=self._layout,
+                window=name,
+                window_bytes=self.window_bytes,
+            )
+        )
+
+    def _disconnect(self) -> None:
+        """Forget the target. What was to be sent to it is dropped; the scheduler copies it again for the next."""
+        self._target = None
+        self._counters.to, self._counters.linked = None, False
+        self._close_socket()
+
+    def _close_socket(self) -> None:
+        self.link = None
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+        if self._window is not None:
+            window.remove(self._session)
+            self._window.close()
+            self._window = None
+
+    def _start_over(self, reason: str) -> None:
+        target = self._target
+        assert target is not None
+        logger.warning("shadow at worker group %d (epoch %d): starting over: %s", target.group, target.epoch, reason)
+        self._counters.resyncs += 1
+        self._close_socket()
+        self._connect(target)
+
+    def _say(self, message: Hello | Parcel | Ended | Forget) -> None:
+        assert self._socket is not None
+        self._socket.send(msgspec.msgpack.encode(message))
+
+    def _receive(self) -> None:
+        while self._socket is not None:
+            try:
+                message = msgspec.msgpack.decode(self._socket.recv(zmq.NOBLOCK), type=FromStore)
+            except zmq.Again:
+                return
+            self._progress_at = time.monotonic()
+            target = self._target
+            assert target is not None
+            if isinstance(message, Accept) and message.session == self._session:
+                window.remove(self._session)  # it is mapped on both sides
+                self._sent_sequence = 0
+                self.link = ShadowLink(self.window_bytes)
+                self._counters.to, self._counters.linked = (target.group, target.epoch), True
+                logger.info("KV is shadowed to worker group %d (epoch %d)", target.group, target.epoch)
+            elif isinstance(message, Refuse) and message.session == self._session:
+                logger.error("worker group %d refused to keep our KV: %s", target.group, message.reason)
+                self._close_socket()
+            elif isinstance(message, Resync) and message.session == self._session:
+                self._start_over(message.reason)
+            elif isinstance(message, Ack) and message.session == self._session and self.link is not None:
+                tokens, _ = self.link.acknowledge(message.sequence, message.gone)
+                self._counters.shadowed_tokens += tokens
+
+    def _work(self) -> None:
+        while self._queue:
+            link, item = self._queue[0]
+            if link is self.link and isinstance(item, Piece) and not self._send_piece(item):
+                return
+            self._queue.popleft()
+            if isinstance(item, Piece):
+                with self._staged_lock:
+                    self._staged -= len(item.keys) * self._layout.block_bytes
+            elif link is self.link:
+                sequence = self._next_sequence()
+                if isinstance(item, _End):
+                    self._say(Ended(session=self._session, sequence=sequence, request=item.request))
+                else:
+                    self._say(Forget(session=self._session, sequence=sequence))
+
+    def _send_piece(self, piece: Piece) -> bool:
+        """False while the window has no room (an acknowledgement wakes us), or the bandwidth is used up."""
+        assert self.link is not None and self._window is not None
+        if time.monotonic() < self._not_before:
+            return False
+        size = len(piece.keys) * self._layout.block_bytes
+        room = self.link.send(size, len(piece.keys) * self._layout.block_tokens, self._sent_sequence)
+        if room is None:
+            return False
+        sequence = self._next_sequence()
+        out = self._window.bytes[room : room + size].reshape(len(piece.keys), -1)
+        pack(piece.staged.wait(), piece.first, len(piece.keys), self._layout.block_tokens, out)
+        self._say(
+            Parcel(
+                session=self._session,
+                sequence=sequence,
+                offset=room,
+                parent=piece.parent,
+                keys=piece.keys,
+                crcs=[zlib.crc32(block.data) for block in out],
+                request=piece.request,
+            )
+        )
+        self._counters.sent_tokens += len(piece.keys) * self._layout.block_tokens
+        self._counters.sent_bytes += size
+        if self._bandwidth:
+            self._not_before = time.monotonic() + size / self._bandwidth
+        return True
+
+    def _next_sequence(self) -> int:
+        self._sent_sequence += 1
+        return self._sent_sequence - 1
+
+    def _write_counters(self) -> None:
+        self._counters.token_bytes = self._layout.token_bytes
+        data = msgspec.json.encode(self._counters)
+        if data == self._written:
+            return
+        self._written = data
+        temporary = f"{self._counters_file}.new"
+        with open(temporary, "wb") as file:
+            file.write(data)
+        os.replace(temporary, self._counters_file)

@@ -1,0 +1,226 @@
+"""The thread that fills a rank's shadow store and answers lookups of the group's other ranks.
+
+Whatever arrives is checked against what it claims to be; what does not fit is dropped and counted, and its source told
+to begin again. Nothing of it is ever found by a lookup.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+import msgspec
+import zmq
+
+from sglang_kevlar.protocol.shadow import (
+    SHADOW_VERSION,
+    Accept,
+    Ack,
+    Ended,
+    Forget,
+    FromStore,
+    Held,
+    Hello,
+    Layout,
+    Lookup,
+    Parcel,
+    Refuse,
+    Resync,
+    ShadowCounters,
+    ToStore,
+)
+from sglang_kevlar.shadow import window
+from sglang_kevlar.shadow.store import DamagedBlock, ShadowStore
+
+logger = logging.getLogger(__name__)
+
+MAX_FRAME_BYTES = 16 << 20
+#: frames taken in before anything else is looked at
+BURST = 256
+#: sources at once; the oldest is dropped for one more
+MAX_SESSIONS = 64
+#: milliseconds between two looks at whether to stop
+STOP_POLL = 200
+
+
+@dataclass
+class _Session:
+    hello: Hello
+    window: window.Window
+    next_sequence: int = 0
+    requests: set[bytes] = field(default_factory=set)
+    acknowledge: bool = False
+    gone: list[bytes] = field(default_factory=list)
+
+
+class ShadowServer:
+    """``start`` runs it in a thread of its own until ``stop``."""
+
+    def __init__(self, endpoint: str, layout: Layout, store: ShadowStore, counters: ShadowCounters) -> None:
+        self._layout = layout
+        self._store = store
+        self._counters = counters
+        self._decoder = msgspec.msgpack.Decoder(ToStore)
+        #: by the routing id of its socket
+        self._sessions: OrderedDict[bytes, _Session] = OrderedDict()
+        self._stopping = False
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.bind(endpoint)
+        self._thread = threading.Thread(target=self._run, name="kevlar-shadow-store", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopping = True
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stopping:
+            if not self._socket.poll(STOP_POLL):
+                self._store.expire()
+                continue
+            for _ in range(BURST):
+                try:
+                    frames = self._socket.recv_multipart(zmq.NOBLOCK)
+                except zmq.Again:
+                    break
+                try:
+                    self._on_frames(frames)
+                except Exception:
+                    # The store must not end with one message that nobody thought of.
+                    logger.exception("shadow store: a message could not be handled")
+                    self._counters.rejected_frames += 1
+            self._acknowledge()
+        for session in self._sessions.values():
+            session.window.close()
+        self._socket.close()
+
+    def _on_frames(self, frames: list[bytes]) -> None:
+        try:
+            if len(frames) != 2:
+                raise ValueError(f"{len(frames)} frames")
+            message = self._decoder.decode(frames[1])
+        except (ValueError, msgspec.DecodeError) as error:
+            self._reject(f"not one of ours: {error}")
+            return
+        if isinstance(message, Lookup):
+            self._counters.lookups += 1
+            blocks = self._store.pin(message.keys, message.ticket)
+            self._counters.hits += blocks > 0
+            self._send(frames[0], Held(ticket=message.ticket, blocks=blocks))
+        elif isinstance(message, Hello):
+            self._open(frames[0], message)
+        else:
+            self._in_session(frames[0], message)
+
+    # -- sessions
+
+    def _open(self, sender: bytes, hello: Hello) -> None:
+        reason = self._why_not(hello)
+        if reason is None:
+            try:
+                opened = window.attach(hello.window, hello.window_bytes)
+            except window.WindowError as error:
+                reason = str(error)
+        if reason is not None:
+            self._reject(f"session of worker group {hello.group} (epoch {hello.epoch}) refused: {reason}")
+            self._send(sender, Refuse(session=hello.session, reason=reason))
+            return
+        # One rank of a group has one shadow here: what an earlier incarnation left open is over.
+        for other, session in list(self._sessions.items()):
+            if session.hello.group == hello.group or other == sender:
+                self._close(other)
+        if len(self._sessions) >= MAX_SESSIONS:
+            self._close(next(iter(self._sessions)))
+        self._sessions[sender] = _Session(hello, opened)
+        self._send(sender, Accept(session=hello.session, capacity=self._store.capacity))
+
+    def _why_not(self, hello: Hello) -> str | None:
+        """Why KV of this source means nothing here; None when it is as ours."""
+        ours, theirs = msgspec.structs.asdict(self._layout), msgspec.structs.asdict(hello.layout)
+        different = [f"{name} is {theirs[name]}, here {ours[name]}" for name in ours if ours[name] != theirs[name]]
+        if hello.layout.version != SHADOW_VERSION:
+            return f"it speaks version {hello.layout.version}, not {SHADOW_VERSION}"
+        for session in self._sessions.values():
+            if session.hello.group == hello.group and session.hello.epoch > hello.epoch:
+                return f"epoch {session.hello.epoch} of this group has been here"
+        return "; ".join(different) or None
+
+    def _close(self, sender: bytes) -> None:
+        session = self._sessions.pop(sender)
+        for request in session.requests:
+            self._store.end(request)
+        session.window.close()
+
+    def _in_session(self, sender: bytes, message: Parcel | Ended | Forget) -> None:
+        session = self._sessions.get(sender)
+        if session is None or session.hello.session != message.session:
+            self._reject("of no session")
+            return
+        if message.sequence != session.next_sequence:
+            expected = session.next_sequence
+            self._resync(sender, f"frame {message.sequence} came where {expected} was due")
+            return
+        session.next_sequence += 1
+        session.acknowledge = True
+        if isinstance(message, Parcel):
+            self._take(sender, session, message)
+        elif isinstance(message, Ended):
+            request = _own(session, message.request)
+            session.requests.discard(request)
+            self._store.end(request)
+        else:
+            self._store.clear()
+            session.requests.clear()
+
+    def _take(self, sender: bytes, session: _Session, parcel: Parcel) -> None:
+        size = len(parcel.keys) * self._layout.block_bytes
+        inside = parcel.offset >= 0 and parcel.offset + size <= session.hello.window_bytes
+        if not parcel.keys or len(parcel.crcs) != len(parcel.keys) or not inside:
+            self._resync(sender, f"parcel {parcel.sequence} contradicts itself")
+            return
+        data = session.window.bytes[parcel.offset : parcel.offset + size].reshape(len(parcel.keys), -1)
+        request = None
+        if parcel.request is not None:
+            request = _own(session, parcel.request)
+            session.requests.add(request)
+        try:
+            session.gone += self._store.put(parcel.keys, parcel.parent, parcel.crcs, data, request)
+        except DamagedBlock:
+            self._resync(sender, f"a block of parcel {parcel.sequence} has another checksum")
+
+    def _resync(self, sender: bytes, reason: str) -> None:
+        session = self._sessions[sender]
+        self._reject(f"session of worker group {session.hello.group} (epoch {session.hello.epoch}) ended: {reason}")
+        self._close(sender)
+        self._send(sender, Resync(session=session.hello.session, reason=reason))
+
+    def _acknowledge(self) -> None:
+        for sender, session in self._sessions.items():
+            if session.acknowledge:
+                session.acknowledge = False
+                ack = Ack(session=session.hello.session, sequence=session.next_sequence - 1, gone=session.gone)
+                session.gone = []
+                self._send(sender, ack)
+        self._counters.store_tokens = len(self._store) * self._layout.block_tokens
+        self._counters.evicted_tokens = self._store.evicted * self._layout.block_tokens
+
+    def _send(self, receiver: bytes, message: FromStore) -> None:
+        try:
+            self._socket.send_multipart([receiver, msgspec.msgpack.encode(message)], zmq.NOBLOCK)
+        except zmq.ZMQError:
+            pass  # a source that does not read, or is gone: it begins again when it misses the answer
+
+    def _reject(self, why: str) -> None:
+        self._counters.rejected_frames += 1
+        logger.warning("shadow store: %s", why)
+
+
+def _own(session: _Session, request: bytes) -> bytes:
+    """Two sources may use the same name for a request."""
+    return session.hello.session.encode() + request

@@ -1,0 +1,123 @@
+"""The shadow store of a rank: blocks of KV of other groups' requests, in host memory, found by key.
+
+Filled by the server's thread (`shadow.server`), read by the scheduler's. What is pinned is neither evicted nor moved,
+so its bytes are read without the lock.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from sglang_kevlar.control.shadow_index import StoreIndex
+
+#: seconds after which a ticket that was never returned ends: its request did not reach the scheduler
+TICKET_LIFE = 600.0
+
+
+class DamagedBlock(Exception):
+    """The bytes of a block do not have the checksum that they were sent with."""
+
+
+class ShadowStore:
+    def __init__(self, capacity: int, block_bytes: int) -> None:
+        """``capacity`` in blocks. The memory is only taken as it is first written to."""
+        self._index = StoreIndex(capacity)
+        self._memory = np.empty((capacity, block_bytes), dtype=np.uint8)
+        self._lock = threading.Lock()
+        #: keys pinned by each ticket, and when it ends by itself
+        self._tickets: dict[str, tuple[list[bytes], float]] = {}
+
+    @property
+    def capacity(self) -> int:
+        return self._index.capacity
+
+    @property
+    def evicted(self) -> int:
+        return self._index.evicted
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __contains__(self, key: bytes) -> bool:
+        # Without the lock: one dictionary lookup, which is atomic, and only a hint by the time it is used.
+        return key in self._index
+
+    def put(
+        self, keys: Sequence[bytes], parent: bytes | None, crcs: Sequence[int], data: np.ndarray, request: bytes | None
+    ) -> list[bytes]:
+        """Keep blocks that follow each other; ``data``: uint8 (blocks, block bytes).
+
+        ``request``: the running one they are for. Returns the keys that are not held (any more): evicted ones, and of
+        these the ones that there was no room for. Raises DamagedBlock; what came before it is kept.
+        """
+        gone: list[bytes] = []
+        for position, (key, crc) in enumerate(zip(keys, crcs, strict=True)):
+            with self._lock:
+                if key not in self._index:
+                    slot, evicted = self._index.add(key, parent, crc)
+                    gone += evicted
+                    if slot is None:
+                        return gone + list(keys[position:])
+                    self._memory[slot] = data[position]
+                    # After copying: what the source does to the window later changes nothing.
+                    if zlib.crc32(self._memory[slot].data) != crc:
+                        self._index.remove(key)
+                        raise DamagedBlock
+                if request is not None:
+                    self._index.extend_live(request, key)
+            parent = key
+        return gone
+
+    def end(self, request: bytes) -> None:
+        with self._lock:
+            self._index.end_live(request)
+
+    def clear(self) -> None:
+        with self._lock:
+            self._index.clear()
+
+    def pin(self, keys: Sequence[bytes], ticket: str) -> int:
+        """How many of ``keys``, which follow each other, are held intact. They stay until the ticket is returned."""
+        with self._lock:
+            count = self._index.longest(keys)
+            self._index.pin(keys[:count])
+            blocks = [self._index.get(key) for key in keys[:count]]
+        intact = next(
+            (i for i, block in enumerate(blocks) if zlib.crc32(self._memory[block.slot].data) != block.crc), count
+        )
+        with self._lock:
+            self._index.unpin(keys[intact:count])
+            if intact < count:
+                self._index.remove(keys[intact])
+            if intact:
+                assert ticket not in self._tickets
+                self._tickets[ticket] = (list(keys[:intact]), time.monotonic() + TICKET_LIFE)
+        return intact
+
+    def read(self, ticket: str, first: int, blocks: int) -> np.ndarray:
+        """A copy of pinned blocks: uint8 (blocks, block bytes). Raises KeyError when ``ticket`` does not cover them."""
+        pinned, _ = self._tickets[ticket]
+        keys = pinned[first : first + blocks]
+        if len(keys) != blocks:
+            raise KeyError(f"{ticket} pins {len(pinned)} blocks, {first + blocks} were asked for")
+        return self._memory[[self._index.get(key).slot for key in keys]]
+
+    def release(self, ticket: str) -> None:
+        """The pins of ``ticket`` end; of one that pins nothing, nothing does."""
+        with self._lock:
+            keys, _ = self._tickets.pop(ticket, ([], 0.0))
+            self._index.unpin(keys)
+
+    def expire(self) -> None:
+        now = time.monotonic()
+        for ticket in [ticket for ticket, (_, end) in list(self._tickets.items()) if end < now]:
+            self.release(ticket)
+
+    def check(self) -> None:
+        with self._lock:
+            self._index.check()
