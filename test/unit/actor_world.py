@@ -26,6 +26,7 @@ from sglang_kevlar.frontend.outcome import RequestOutcome
 from sglang_kevlar.observability.events import FailoverEvents
 from sglang_kevlar.observability.metrics import NoMetrics
 from sglang_kevlar.protocol.launch import KevlarArgs
+from sglang_kevlar.worker.resume import ShadowPlanReq
 
 ARGS = KevlarArgs(worker_groups=2, hold_timeout=10.0, hold_queue=2)
 LENGTH = {"type": "length"}
@@ -40,6 +41,7 @@ class World(Host):
         self.errors: list[tuple[int, int]] = []
         self.draining: set[int] = set()
         self.inputs: dict[int, list[Any]] = {}
+        self.plans: dict[int, list[ShadowPlanReq]] = {}
         self.batches: list[BatchStrOutput] = []
         self.text: dict[str, str] = {}
         self.aborted: list[AbortReq] = []
@@ -58,13 +60,15 @@ class World(Host):
 
     def opened(self, channel: FakeChannel) -> None:
         self.inputs[channel.group] = []
+        self.plans[channel.group] = []
 
     async def connected(self, channel: FakeChannel) -> bool:
         await asyncio.sleep(0.1)
         return self.connects
 
     def sent(self, channel: FakeChannel, message: Any) -> None:
-        self.inputs[channel.group].append(message)
+        kind = self.plans if isinstance(message, ShadowPlanReq) else self.inputs
+        kind[channel.group].append(message)
 
     async def prepare_group(self, channel: Any) -> str | None:
         await asyncio.sleep(0.1)
