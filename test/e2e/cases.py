@@ -33,6 +33,9 @@ class Answer:
     parts: list[Any] = field(default_factory=list)
     done: bool = True
     redirects: int = 0
+    #: tokens that the last group computed again, and prompt tokens that it found in its cache; native API only
+    recomputed: int = 0
+    cached: int = 0
     error: str = ""
 
     def difference(self, other: Answer) -> str | None:
@@ -126,6 +129,8 @@ def _native(answer: Answer, event: dict[str, Any], stream: bool) -> None:
     names = ("output_token_logprobs", "output_top_logprobs", "input_token_logprobs", "input_top_logprobs")
     answer.logprobs[index] = [meta[name] for name in names if name in meta]
     answer.redirects = max(answer.redirects, meta.get("kevlar", {}).get("redirects", 0))
+    answer.recomputed = max(answer.recomputed, meta.get("kevlar", {}).get("recomputed_tokens", 0))
+    answer.cached = meta["cached_tokens"]
 
 
 def _completions(answer: Answer, event: dict[str, Any], stream: bool) -> None:

@@ -77,7 +77,8 @@ class Server:
         self.wait(lambda _: httpx.get(f"{self.url}/health", timeout=30).status_code == 200, "health")
 
     def log_end(self, lines: int = 60) -> str:
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+        written = self.log.read_text(errors="replace").splitlines()
+        return "\n".join([line for line in written if "GET /kevlar/status" not in line][-lines:])
 
     # ---- faults
 

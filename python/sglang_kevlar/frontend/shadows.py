@@ -72,6 +72,7 @@ class ShadowReader:
             "lag_tokens": max(rank.lag_tokens for rank in ranks),
             "lag_bytes": sum(rank.lag_tokens * rank.token_bytes for rank in ranks),
             "shadowed_tokens": min(rank.shadowed_tokens for rank in ranks),
+            "sent_tokens": min(rank.sent_tokens for rank in ranks),
             "sent_bytes": sum(rank.sent_bytes for rank in ranks),
             "saved_tokens": min(rank.saved_tokens for rank in ranks),
             "dropped_tokens": max(rank.dropped_tokens for rank in ranks),

@@ -1,0 +1,239 @@
+"""The shadow on real engines: what a dead group had computed is found by the group that takes over."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from cases import Answer, Case
+from server import Server
+
+#: tokens that a redirected request may compute again; the rest of its context is in the shadow
+RECOMPUTED = 32
+#: upstream's own checks: of memory while busy, of what ranks must agree on
+CHECKS = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1", "SGLANG_ENABLE_RANK_CONSENSUS_CHECKER": "1"}
+POISON = Path(__file__).parent / "poison"
+
+
+def tokens(count: int, seed: int) -> list[int]:
+    return [random.Random(seed).randrange(64, 2000) for _ in range(count)]
+
+
+def request(prompt: list[int], new_tokens: int, **fields: Any) -> Case:
+    sampling = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True, **fields.pop("sampling", {})}
+    body = {"input_ids": prompt, "sampling_params": sampling, "stream": True, **fields}
+    return Case(f"{len(prompt)} tokens", "/generate", body)
+
+
+def flush(server: Server) -> None:
+    httpx.post(f"{server.url}/flush_cache", params={"timeout": 30}, timeout=60).raise_for_status()
+
+
+def wait_shadowed(server: Server, group: int, shadowed: int = 0) -> None:
+    """The group's shadow lacks nothing, and has ``shadowed`` tokens more than nothing."""
+
+    def complete(status: dict[str, Any]) -> bool:
+        shadow = status["groups"][group]["shadow"] or {}
+        linked = shadow.get("to") is not None
+        return linked and shadow["lag_tokens"] == 0 and shadow["shadowed_tokens"] >= shadowed
+
+    server.wait(complete, f"shadow of group {group}", 60)
+
+
+def wait_linked(server: Server) -> None:
+    server.wait_ready()
+    server.wait(lambda s: all((g["shadow"] or {}).get("to") is not None for g in s["groups"]), "shadow links", 60)
+
+
+def run_all(server: Server, cases: list[Case]) -> list[Answer]:
+    with ThreadPoolExecutor(len(cases)) as pool:
+        return list(pool.map(lambda case: case.run(server.url), cases))
+
+
+def run_through_a_kill(server: Server, cases: list[Case], generated: int) -> list[Answer]:
+    """Run all at once, and kill the busiest group when requests have ``generated`` tokens each, on average."""
+    computed = exported(server.status()) + sum(len(case.body["input_ids"]) + generated for case in cases)
+    with ThreadPoolExecutor(len(cases)) as pool:
+        running = [pool.submit(case.run, server.url) for case in cases]
+        server.wait(lambda s: exported(s) >= computed, "progress", 180)
+        server.kill(server.serving_group())
+        return [one.result() for one in running]
+
+
+def exported(status: dict[str, Any]) -> int:
+    """Tokens of which KV was computed and shadowed, or is about to be."""
+    return sum(group["shadow"]["sent_tokens"] + group["shadow"]["lag_tokens"] for group in status["groups"])
+
+
+def assert_same(expected: list[Answer], answers: list[Answer]) -> None:
+    assert [one.difference(other) for one, other in zip(expected, answers, strict=True)] == [None] * len(answers)
+
+
+@pytest.fixture(scope="module")
+def server(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    log = tmp_path_factory.mktemp("shadow") / "log"
+    server = Server(models / "llama-f32", log, "--chunked-prefill-size", "1024", env=CHECKS)
+    try:
+        wait_linked(server)
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.mark.timeout(900)
+def test_little_is_recomputed_whatever_the_context(server: Server) -> None:
+    cases = [
+        request(tokens(length, seed), 250)
+        for length, count in ((512, 6), (2048, 4), (8192, 2))
+        for seed in range(length, length + count)
+    ]
+    expected = run_all(server, cases)
+    moved: list[Answer] = []
+    for _ in range(2):
+        wait_linked(server)
+        flush(server)
+        answers = run_through_a_kill(server, cases, generated=60)
+        assert_same(expected, answers)
+        moved += [answer for answer in answers if answer.redirects]
+    assert len(moved) >= 8
+    recomputed = sorted(answer.recomputed for answer in moved)
+    print("recomputed tokens of redirected requests:", recomputed)
+    assert recomputed[0] > 0
+    assert recomputed[int(len(recomputed) * 0.95) - 1] <= RECOMPUTED, recomputed
+
+
+def lose_the_cache_of(server: Server, first: Case) -> Answer:
+    """Run a request; once its KV is shadowed, kill the group that ran it. What it got."""
+    wait_linked(server)
+    flush(server)
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(first.run, server.url)
+        group = server.serving_group()
+        answer = running.result()
+    # Decoding copies in small groups, and the rest when the request ends: the loop is idle then.
+    server.wait(lambda s: s["groups"][group]["running"] == 0 and s["groups"][group]["shadow"]["lag_tokens"] == 0, "lag")
+    time.sleep(1.5)  # the counters are written twice a second
+    wait_shadowed(server, group)
+    server.kill(group)
+    server.wait(lambda s: s["groups"][group]["state"] != "ready", "loss of the group", 10)
+    return answer
+
+
+def run_alone(server: Server, case: Case) -> Answer:
+    """With nothing cached anywhere."""
+    wait_linked(server)
+    flush(server)
+    return case.run(server.url)
+
+
+def test_a_follow_up_turn_hits_the_prefix_that_the_lost_group_had(server: Server) -> None:
+    prompt = tokens(1500, 1)
+    answer = lose_the_cache_of(server, request(prompt, 100))
+    follow_up = request([*prompt, *answer.token_ids[0], *tokens(20, 2)], 40)
+    hit = follow_up.run(server.url)
+    assert 1500 + 100 - RECOMPUTED <= hit.cached <= 1500 + 100
+    # The second time it is in the group's own tree.
+    assert follow_up.run(server.url).cached >= hit.cached
+    cold = run_alone(server, follow_up)
+    assert cold.cached == 0
+    assert (cold.texts, cold.token_ids) == (hit.texts, hit.token_ids)
+
+
+def test_a_cache_salt_keeps_tenants_apart_in_the_shadow_too(server: Server) -> None:
+    prompt = tokens(600, 3)
+    lose_the_cache_of(server, request(prompt, 80, cache_salt="one"))
+    assert request(prompt, 80, cache_salt="two").run(server.url).cached == 0
+    assert request(prompt, 80).run(server.url).cached == 0
+    assert request(prompt, 80, cache_salt="one").run(server.url).cached >= 600 - RECOMPUTED
+
+
+def test_a_request_can_opt_out(server: Server) -> None:
+    prompt = tokens(600, 4)
+    lose_the_cache_of(server, request(prompt, 80, sampling={"custom_params": {"kevlar_shadow": False}}))
+    assert request(prompt, 80).run(server.url).cached == 0
+
+
+def test_a_flush_reaches_the_shadow(server: Server) -> None:
+    prompt = tokens(600, 5)
+    with ThreadPoolExecutor(1) as pool:
+        wait_linked(server)
+        running = pool.submit(request(prompt, 80).run, server.url)
+        group = server.serving_group()
+        running.result()
+    time.sleep(1)
+    flush(server)
+    server.kill(group)
+    server.wait(lambda s: s["groups"][group]["state"] != "ready", "loss of the group", 10)
+    assert request(prompt, 80).run(server.url).cached == 0
+
+
+def test_other_weights_do_not_find_it(server: Server, models: Path, other_weights: Path) -> None:
+    prompt = tokens(600, 6)
+    before = lose_the_cache_of(server, request(prompt, 80))
+    update(server, other_weights)
+    other = request(prompt, 80).run(server.url)
+    assert other.cached == 0 and other.token_ids != before.token_ids
+    update(server, models / "llama-f32")
+    wait_linked(server)
+    again = request(prompt, 80).run(server.url)
+    assert again.cached == 0 and again.token_ids == before.token_ids
+
+
+def update(server: Server, weights: Path) -> None:
+    body = {"model_path": str(weights), "abort_all_requests": False}
+    httpx.post(f"{server.url}/update_weights_from_disk", json=body, timeout=120).raise_for_status()
+
+
+@pytest.mark.timeout(600)
+def test_a_poisoned_shadow_changes_what_comes_after_it(models: Path, tmp_path: Path) -> None:
+    """That the shadow is what a redirected request goes on from: with other bytes in it the answer is another."""
+    path = f"{POISON}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    server = Server(models / "llama-f32", tmp_path / "log", env={"PYTHONPATH": path})
+    try:
+        wait_linked(server)
+        cases = [request(tokens(512, seed), 200) for seed in range(4)]
+        expected = run_all(server, cases)
+        flush(server)
+        answers = run_through_a_kill(server, cases, generated=60)
+        for one, other in zip(expected, answers, strict=True):
+            # What was delivered before the kill stands in any case.
+            assert one.token_ids[0][:20] == other.token_ids[0][:20]
+            assert (one.token_ids != other.token_ids) == (other.redirects > 0)
+        assert any(answer.redirects for answer in answers)
+    finally:
+        server.stop()
+
+
+@pytest.mark.timeout(900)
+def test_a_dedicated_standby_that_stops_for_a_while(models: Path, tmp_path: Path) -> None:
+    """Serving does not notice that nobody takes the shadow; when somebody does again, it is made complete."""
+    flags = ("--standby-groups", "1", "--stop-grace", "600", "--hang-timeout", "600", "--page-size", "16")
+    server = Server(models / "llama-f32", tmp_path / "log", *flags, env=CHECKS)
+    try:
+        wait_linked(server)
+        cases = [request(tokens(700, seed), 150) for seed in range(6)]
+        later = [request(tokens(700, seed), 250) for seed in range(10, 16)]
+        expected, expected_later = run_all(server, cases), run_all(server, later)
+        flush(server)
+        stopped = server.kill(1, "rank", signal.SIGSTOP)
+        try:
+            assert_same(expected, run_all(server, cases))
+            # Longer than the sender waits for an answer before it begins a new session.
+            assert_same(expected, run_all(server, cases))
+        finally:
+            os.kill(stopped, signal.SIGCONT)
+        wait_shadowed(server, 0, shadowed=6 * 700)
+        answers = run_through_a_kill(server, later, generated=60)
+        assert_same(expected_later, answers)
+        assert [answer.redirects for answer in answers] == [1] * 6
+        assert max(answer.recomputed for answer in answers) <= RECOMPUTED
+    finally:
+        server.stop()
