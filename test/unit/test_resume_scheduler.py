@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from sglang_kevlar.platform import torchvision_shim
 
@@ -20,6 +21,7 @@ from sglang.srt.managers.scheduler import Scheduler  # noqa: E402
 from sglang.srt.sampling.sampling_params import SamplingParams  # noqa: E402
 
 from sglang_kevlar.protocol.resume import ResumeState  # noqa: E402
+from sglang_kevlar.worker.forced_decode import ForcedDecode  # noqa: E402
 from sglang_kevlar.worker.resume import ResumedGenerateReqInput  # noqa: E402
 from sglang_kevlar.worker.scheduler import KevlarScheduler  # noqa: E402
 
@@ -81,10 +83,11 @@ def scheduler(monkeypatch: pytest.MonkeyPatch) -> Any:
     made.waiting_queue = []
     made.grammar_manager = SimpleNamespace(grammar_queue=[])
     made.dllm_config = None
-    made.model_config = SimpleNamespace(vocab_size=100)
+    made.model_config = SimpleNamespace(vocab_size=100, dtype=torch.float32)
     made.batch_result_processor = SimpleNamespace(_maybe_update_reasoning_tokens=lambda req, ids: None)
     made._arriving_resume = None
     made.shadow = None
+    made._forced = ForcedDecode(SimpleNamespace(forward_batch_generation=None))
     made._in_flight = deque(maxlen=2)
     made.sent = []
     made.ipc_channels = SimpleNamespace(
@@ -191,9 +194,7 @@ def batch(requests: int, extend_tokens: int = 0) -> Any:
 
 def test_a_request_is_announced_before_it_runs_for_the_first_time(scheduler: Any, beats: Beats) -> None:
     """What kills a group must have been named before; a request that only waits is not named."""
-    resumed = SimpleNamespace(
-        rid="b", kevlar_resuming=True, full_untruncated_fill_ids=range(30), prefix_indices=range(12)
-    )
+    resumed = SimpleNamespace(rid="b", kevlar_resumed_context=30, prefix_indices=range(12))
     prefill = batch(0, extend_tokens=4)
     prefill.reqs = [SimpleNamespace(rid="a"), resumed]
     scheduler.run_batch(prefill)

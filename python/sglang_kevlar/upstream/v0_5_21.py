@@ -228,7 +228,7 @@ _WORKER_SEAMS = (
         _SCHEDULER,
         _RANK,
         fields="grammar_manager waiting_queue ipc_channels batch_result_processor model_config dllm_config "
-        "gracefully_exit _request_dispatcher",
+        "gracefully_exit _request_dispatcher model_worker",
     ),
     *_methods(
         _SCHEDULER,
@@ -237,12 +237,21 @@ _WORKER_SEAMS = (
         _add_request_to_queue="req is_retracted",
         _abort_on_queued_limit="recv_req",
         _forward_isolation="batch overlap",
+        get_output_streamer_class="",
         run_batch="batch pp_proxy_tensors",
         process_input_requests="recv_reqs",
         on_idle="",
         _record_scheduler_state_for_paused_engine="",
     ),
     _seam(_SCHEDULER + ".handle_generate_request", _RANK, passes="recv_req"),
+    _seam("srt.managers.tp_worker:TpModelWorker", _RANK, fields="forward_batch_generation"),
+    _seam("srt.managers.utils:GenerationBatchResult", _RANK, fields="next_token_ids delay_sample_func"),
+    _seam("srt.configs.model_config:ModelConfig", _RANK, fields="dtype"),
+    *_methods(
+        "srt.managers.scheduler_components.output_streamer:SchedulerOutputStreamer",
+        _RANK,
+        stream_output="reqs return_logprob skip_req",
+    ),
     _seam("utils:TypeBasedDispatcher", _RANK, signature="mapping", fields="__iadd__"),
     _seam("srt.managers.scheduler_components.output_sender:SenderWrapper.send_output", _RANK, passes="output recv_obj"),
     _seam("srt.constrained.grammar_manager:GrammarManager", _RANK, fields="grammar_queue"),
@@ -258,8 +267,7 @@ _WORKER_SEAMS = (
         _RANK,
         fields="output_ids is_retracted retracted_stain cached_tokens cached_tokens_device send_token_offset "
         "return_logprob logprob_start_len input_logprob_sent send_output_token_logprobs_offset logprob grammar "
-        "to_finish finished_reason finished_len origin_input_ids sampling_params full_untruncated_fill_ids "
-        "prefix_indices",
+        "to_finish finished_reason finished_len origin_input_ids sampling_params prefix_indices",
     ),
     _seam(_REQ + ".set_finish_with_abort", _RANK, passes="error_msg status_code err_type"),
     _seam(_REQ + ".finished", _RANK, signature="self"),
@@ -275,7 +283,7 @@ _WORKER_SEAMS = (
         _BATCH,
         _RANK,
         fields="reqs forward_mode extend_num_tokens sampling_info input_ids decoding_reqs enable_overlap "
-        "spec_algorithm device",
+        "spec_algorithm device seq_lens_cpu",
     ),
     *_methods(_BATCH, _RANK, cumulate_penalty_output_tokens=""),
     _seam("srt.sampling.sampling_batch_info:SamplingBatchInfo", _RANK, fields="penalizer_orchestrator"),

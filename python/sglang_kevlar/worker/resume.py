@@ -17,7 +17,8 @@ from sglang_kevlar.protocol.resume import ResumeState
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
-    from sglang.srt.managers.scheduler import Scheduler
+
+    from sglang_kevlar.worker.scheduler import KevlarScheduler
 
 
 class ResumeError(ValueError):
@@ -78,18 +79,20 @@ def why_not_resumable(tokenized: TokenizedGenerateReqInput) -> str | None:
     return None
 
 
-def apply_resume(req: Req, resume: ResumeState, scheduler: Scheduler) -> None:
+def apply_resume(req: Req, resume: ResumeState, scheduler: KevlarScheduler) -> None:
     """Put ``req``, new and about to enter the waiting queue, into the state it had after ``resume.output_ids``.
 
     Its grammar must be compiled. Raises ResumeError and leaves ``req`` fit for ``set_finish_with_abort`` only.
     """
     output_ids = array("q", resume.output_ids)
     _check(req, output_ids, resume, scheduler)
-    _replay_grammar(req, output_ids)
-
     req.output_ids = output_ids
     if _is_complete(req):
         raise ResumeError("the delivered tokens already end the request")
+    req.kevlar_resumed_context = len(req.origin_input_ids) + len(output_ids)
+    # May take the last ones away again, to be decoded once more. All that follows is of those it leaves.
+    scheduler.begin_forced_decode(req)
+    _replay_grammar(req, req.output_ids)
     # A resumed request counts as retracted: prefix hits are not counted as cached a second time (usage stays as it
     # was reported), and multimodal positions, scheduling statistics etc. follow upstream's own path.
     req.is_retracted = True
@@ -102,12 +105,14 @@ def apply_resume(req: Req, resume: ResumeState, scheduler: Scheduler) -> None:
     req.send_token_offset = len(output_ids)
     if req.return_logprob:
         _skip_delivered_logprobs(req, len(output_ids))
-    scheduler.batch_result_processor._maybe_update_reasoning_tokens(req, list(output_ids))
+    scheduler.batch_result_processor._maybe_update_reasoning_tokens(req, list(req.output_ids))
 
 
 def undo_resume(req: Req) -> None:
     """Make ``req`` a fresh request again, so that an abort of it takes upstream's usual path."""
     req.output_ids = array("q")
+    for name in ("kevlar_delivered", "kevlar_resumed_context"):
+        req.__dict__.pop(name, None)
     req.finished_reason = None
     req.finished_len = None
     req.is_retracted = False
@@ -115,7 +120,7 @@ def undo_resume(req: Req) -> None:
     req.send_token_offset = 0
 
 
-def _check(req: Req, output_ids: array[int], resume: ResumeState, scheduler: Scheduler) -> None:
+def _check(req: Req, output_ids: array[int], resume: ResumeState, scheduler: KevlarScheduler) -> None:
     delivered = len(output_ids)
     if delivered == 0:
         raise ResumeError("nothing was delivered")
@@ -166,7 +171,7 @@ def _skip_delivered_logprobs(req: Req, delivered: int) -> None:
         "output_token_ids_logprobs_val",
         "output_token_ids_logprobs_idx",
     ):
-        setattr(logprob, name, [None] * delivered)
+        setattr(logprob, name, [None] * len(req.output_ids))
     req.send_output_token_logprobs_offset = delivered
 
     # Prompt log-probs went out with the first token. -1 computes none (any start up to the end of the prompt would ask

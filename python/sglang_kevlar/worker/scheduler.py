@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
 from typing import Any, ClassVar, Protocol
 
+import torch
 from sglang.srt.managers.io_struct import (
     AbortReq,
     BatchTokenizedEmbeddingReqInput,
@@ -19,12 +21,15 @@ from sglang.srt.managers.io_struct import (
 )
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from sglang.srt.managers.scheduler import Scheduler
+from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
 from sglang.srt.managers.scheduler_components.request_receiver import SchedulerRequestReceiver
+from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.runtime_context import get_parallel
 from sglang.utils import TypeBasedDispatcher
 
 from sglang_kevlar.shadow.promote import PromoteReq
 from sglang_kevlar.shadow.rank import RankShadow
+from sglang_kevlar.worker.forced_decode import ForcedDecode, ForcedOutputStreamer, first_forced
 from sglang_kevlar.worker.penalties import count_inputs
 from sglang_kevlar.worker.resume import (
     ResumedGenerateReqInput,
@@ -85,6 +90,7 @@ class KevlarScheduler(Scheduler):  # type: ignore[misc]
         parallel = get_parallel()
         depth = parallel.pp_size + parallel.pp_async_batch_depth if parallel.pp_size > 1 else 2
         self._in_flight: deque[int] = deque(maxlen=depth)
+        self._forced = ForcedDecode(self.model_worker)
         self.shadow = self.start_shadow()
 
     def start_shadow(self) -> RankShadow | None:
@@ -131,7 +137,6 @@ class KevlarScheduler(Scheduler):  # type: ignore[misc]
         if resume is not None and req.to_finish is None and not req.finished():
             try:
                 apply_resume(req, resume, self)
-                req.kevlar_resuming = True
             except Exception as error:
                 undo_resume(req)
                 req.set_finish_with_abort(
@@ -161,12 +166,31 @@ class KevlarScheduler(Scheduler):  # type: ignore[misc]
         for req in batch.reqs:
             if "kevlar_started" not in req.__dict__:
                 req.kevlar_started = True
-                resumed = req.__dict__.pop("kevlar_resuming", False)
-                recomputed = len(req.full_untruncated_fill_ids) - len(req.prefix_indices) if resumed else 0
+                context = req.__dict__.pop("kevlar_resumed_context", None)
+                recomputed = 0 if context is None else context - len(req.prefix_indices)
                 report = StartedReqOutput(rid=req.rid, recomputed_tokens=recomputed)
                 self.ipc_channels.send_to_tokenizer.send_output(report, req)
                 if self.shadow is not None:
                     self.shadow.exporter.begin(req)
+
+    # --- decoding the last delivered tokens again
+
+    def get_output_streamer_class(self) -> type[SchedulerOutputStreamer]:
+        return ForcedOutputStreamer
+
+    def begin_forced_decode(self, req: Req) -> None:
+        """Where the KV of all but a few delivered tokens of ``req`` is cached, have these decoded, not prefilled."""
+        # In float32 both round alike, as far as tokens can tell, and a prefill is faster.
+        if self.model_config.dtype == torch.float32 or not self.spec_algorithm.is_none():
+            return
+        if self.disable_radix_cache or not hasattr(self.tree_cache, "tree_core"):
+            return
+        tokens = array("q", req.origin_input_ids) + req.output_ids
+        key = RadixKey(tokens, req.extra_key, cache_salt=req.cache_salt)
+        cached, _, _ = self.tree_cache.tree_core.match_full_device_prefix(key)
+        kept = first_forced(req, cached)
+        if kept is not None:
+            self._forced.begin(req, kept)
 
     # --- the shadow
 
@@ -194,12 +218,12 @@ class KevlarScheduler(Scheduler):  # type: ignore[misc]
         return flushed
 
     def process_batch_result(self, batch: ScheduleBatch, result: Any) -> None:
-        if self.shadow is None:
-            super().process_batch_result(batch, result)
-            return
-        self.shadow.exporter.before_result(batch)
+        if self.shadow is not None:
+            self.shadow.exporter.before_result(batch)
         super().process_batch_result(batch, result)
-        self.shadow.exporter.after_result(batch)
+        self._forced.check(batch)
+        if self.shadow is not None:
+            self.shadow.exporter.after_result(batch)
 
     # --- penalties under the overlap schedule
 
@@ -219,7 +243,8 @@ class KevlarScheduler(Scheduler):  # type: ignore[misc]
             extend = batch.forward_mode.is_extend() and batch.extend_num_tokens
             self._in_flight.append(extend or len(batch.reqs))
             self.heartbeat.forward(sum(self._in_flight))
-        return super().run_batch(batch, *args, **kwargs)
+        with self._forced.in_step(batch):
+            return super().run_batch(batch, *args, **kwargs)
 
     def process_input_requests(self, recv_reqs: list[Any]) -> None:
         if self.heartbeat is None or not recv_reqs:
