@@ -44,8 +44,9 @@ def main() -> None:
 def load_upstream(plan: LaunchPlan) -> ServerArgs:
     """Import SGLang with our plug-ins, verified, and load the arguments the launcher resolved."""
     from sglang_kevlar.platform import torchvision_shim
-    from sglang_kevlar.upstream import saved_args
+    from sglang_kevlar.upstream import patches, saved_args
 
+    patches.install()
     torchvision_shim.install()
     server_args = saved_args.load(plan.server_args_file)
 

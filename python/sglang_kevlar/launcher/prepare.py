@@ -72,10 +72,10 @@ def prepare(paths: Paths, launch_id: str, kevlar: KevlarArgs, argv: list[str]) -
 def _load_upstream() -> None:
     """Import SGLang with its plug-ins, and make sure it is the one we were made for."""
     from sglang_kevlar.platform import torchvision_shim
-    from sglang_kevlar.upstream import contract
+    from sglang_kevlar.upstream import contract, patches
 
     try:
-        contract.installed_version()
+        patches.install()
         torchvision_shim.install()
         from sglang_kevlar.upstream import plugin
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from sglang_kevlar.upstream.contract import Role, Seam
 
-#: files in patches/0.5.21
+#: files in sglang_kevlar/patches/0.5.21
 PATCHES: tuple[str, ...] = ("0001-ollama-last-text.patch",)
 
 _PREPARE: tuple[Role, ...] = ("prepare",)
