@@ -224,6 +224,8 @@ _WORKER_SEAMS = (
         passes="server_args port_args gpu_id tp_rank pp_rank dp_rank pipe_writer",
     ),
     _seam("srt.utils:maybe_reindex_device_id", _RANK, signature="gpu_id"),
+    _seam("srt.environ:Envs", _RANK, fields="SGLANG_FORCE_STREAM_INTERVAL"),
+    _seam("srt.managers.scheduler_components.output_streamer:DEFAULT_FORCE_STREAM_INTERVAL", _RANK),
     _seam(
         _SCHEDULER,
         _RANK,
