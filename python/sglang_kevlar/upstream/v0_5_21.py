@@ -134,7 +134,8 @@ _FRONTEND_SEAMS = (
     _seam(
         "srt.entrypoints.http_server:_setup_and_run_http_server",
         _FRONTEND,
-        passes="server_args tokenizer_manager template_manager port_args scheduler_infos subprocess_watchdog",
+        passes="server_args tokenizer_manager template_manager port_args scheduler_infos subprocess_watchdog "
+        "launch_callback",
     ),
     *(
         _seam(f"srt.entrypoints.http_server:{endpoint}", _FRONTEND)
