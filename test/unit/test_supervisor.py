@@ -308,10 +308,41 @@ def test_sigterm_is_enforced(group: Group) -> None:
     assert not any(alive(member.pid) for member in report.members)
 
 
-def test_sigquit_from_an_upstream_rank_is_no_death(group: Group) -> None:
-    group.behave("rank0", """if epoch == "1": import signal; os.kill(os.getppid(), signal.SIGQUIT)""")
+def test_a_member_whose_watchdog_sends_sigquit_ends_its_epoch(group: Group) -> None:
+    stuck = """
+        if epoch == "1":
+            import signal
+            say(status="ready")
+            time.sleep(1)
+            print("ERROR Scheduler watchdog timeout (self.watchdog_timeout=300, self.soft=False)", file=sys.stderr)
+            os.kill(os.getppid(), signal.SIGQUIT)
+            time.sleep(1000)
+    """
+    group.behave("rank1", stuck)
     group.start()
     assert group.ready().epoch == 1
+    cause = group.report(lambda r: r.phase == "down").cause
+    assert cause.startswith("rank1's watchdog") and "self.watchdog_timeout=300" in cause
+    assert group.ready(after=1).epoch == 2
+
+
+def test_a_member_that_sends_sigquit_and_ends_says_why_itself(group: Group) -> None:
+    group.behave(
+        "rank0",
+        """
+        if epoch == "1":
+            import signal
+            print("ValueError: the reason", file=sys.stderr)
+            os.kill(os.getppid(), signal.SIGQUIT)
+            time.sleep(0.5)
+            sys.exit(1)
+        """,
+    )
+    group.start()
+    cause = group.report(lambda r: r.phase == "down").cause
+    assert "exited with status 1: ValueError: the reason" in cause
+    time.sleep(2.5)  # the signal is not held against the next epoch
+    assert group.ready().epoch == 2
 
 
 def test_killed_supervisor_takes_its_members_along_and_epochs_go_on(group: Group) -> None:

@@ -36,6 +36,8 @@ from sglang_kevlar.worker.stderr import PassThrough
 
 #: seconds between SIGTERM and SIGKILL at shutdown
 _STOP_TIMEOUT = 5.0
+#: seconds in which a member that sent SIGQUIT may end by itself, which says more about why
+_QUIT_GRACE = 2.0
 
 #: command lines of the members of an epoch by name; the supervisor appends ``--ready-fd N``
 Commands = Callable[[int], Mapping[str, Sequence[str]]]
@@ -72,6 +74,7 @@ class Supervisor:
         self._failed_starts = 0
         self._ready_at: float | None = None
         self._start_deadline = float("inf")
+        self._quit_deadline = float("inf")
         self._next_start = 0.0
         self._next_report = 0.0
         self._stop_deadline: float | None = None
@@ -114,7 +117,7 @@ class Supervisor:
         return not self._members and self._stop_deadline is None and now >= self._next_start
 
     def _timeout_ms(self) -> int:
-        deadlines = [self._next_report]
+        deadlines = [self._next_report, self._quit_deadline]
         if self._phase == "starting":
             deadlines.append(self._start_deadline)
         if not self._members:
@@ -132,6 +135,10 @@ class Supervisor:
             if self._phase == "starting":
                 late = [m.name for m in self._members.values() if not m.ready]
                 self._end_epoch(f"{', '.join(late)} not ready after {self._plan.kevlar.start_timeout:g} s")
+        if now >= self._quit_deadline:
+            self._quit_deadline = float("inf")
+            if self._members and not self._ending:
+                self._end_epoch(self._quit_cause())
         if self._stop_deadline is not None and now >= self._stop_deadline:
             for member in self._members.values():
                 member.process.kill()
@@ -151,6 +158,7 @@ class Supervisor:
         self._epoch = group_files.next_epoch(self._paths, self._group)
         self._phase, self._ready_at, self._ending = "starting", None, False
         self._start_deadline = time.monotonic() + self._plan.kevlar.start_timeout
+        self._quit_deadline = float("inf")
         for name, command in self._commands(self._epoch).items():
             member = Member(name, command)
             record(self._paths.processes, f"g{self._group}.{name}", member.process.identity)
@@ -231,6 +239,13 @@ class Supervisor:
                 self._exit_status = EXIT_FAILED_START
         self._report()
 
+    def _quit_cause(self) -> str:
+        for member in self._members.values():
+            if line := member.stderr.last_with("watchdog timeout"):
+                return f"{member.name}'s watchdog (--watchdog-timeout): {line}"
+        said = [f"{m.name}: {line}" for m in self._members.values() if (line := m.stderr.last_error())]
+        return " | ".join(["SIGQUIT, by which SGLang asks to end everything", *said])
+
     def _clean_up(self) -> None:
         if not end_recorded(self._paths, f"g{self._group}."):
             self._log("processes of an earlier epoch do not end")
@@ -291,8 +306,8 @@ class Supervisor:
             end.setblocking(False)
         signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
         self._wakeup_writer = theirs
-        # Not SIG_IGN, which the members would inherit. Upstream's scheduler sends SIGQUIT to its parent on an
-        # exception, to end the whole server: here its death is enough.
+        # Not SIG_IGN, which the members would inherit. Upstream's scheduler sends SIGQUIT to its parent to end the
+        # whole server: on an exception, after which it ends itself, and when its watchdog finds it stuck.
         signal.signal(signal.SIGQUIT, lambda *_: None)
         signal.signal(signal.SIGINT, lambda *_: None)
         signal.signal(signal.SIGTERM, lambda *_: None)
@@ -300,7 +315,10 @@ class Supervisor:
         return ours
 
     def _on_signal(self) -> None:
-        if signal.SIGTERM in self._wakeup.recv(64) and self._stop_deadline is None:
+        numbers = self._wakeup.recv(64)
+        if signal.SIGQUIT in numbers and self._members and not self._ending:
+            self._quit_deadline = min(self._quit_deadline, time.monotonic() + _QUIT_GRACE)
+        if signal.SIGTERM in numbers and self._stop_deadline is None:
             self._stop_deadline = time.monotonic() + _STOP_TIMEOUT
             self._ending = True
             self._phase, self._cause = "stopped", "shutdown"
