@@ -324,13 +324,16 @@ def _log(text: str) -> None:
     print(f"[{time.strftime('%Y-%m-%d %H:%M:%S')} kevlar] {text}", file=sys.stderr, flush=True)
 
 
-def engine_commands(run_dir: rundir.RunDir, kevlar: KevlarArgs, upstream_argv: Sequence[str]) -> Commands:
+def engine_commands(
+    run_dir: rundir.RunDir, kevlar: KevlarArgs, internal: Internal, upstream_argv: Sequence[str]
+) -> Commands:
     """The real processes."""
     at = ["--run-dir", run_dir.path]
 
     def commands(role: str, group: int) -> list[str]:
         if role == "prepare":
             settings = ["--launch-id", run_dir.launch_id, "--kevlar", msgspec.json.encode(kevlar).decode()]
+            settings += ["--no-http"] if internal.groups_only else []
             return [*_PYTHON, "sglang_kevlar.launcher.prepare", *at, *settings, "--", *upstream_argv]
         if role == "frontend":
             return [*_PYTHON, "sglang_kevlar.frontend.main", *at]
@@ -392,7 +395,8 @@ def run(argv: Sequence[str], internal: Internal | None = None) -> int:
         return 0
     kevlar, upstream_argv = config.split_args(argv)
     os.environ.pop(PARENT_ENV, None)
-    return launch(kevlar, internal or Internal(), lambda run_dir: engine_commands(run_dir, kevlar, upstream_argv))
+    internal = internal or Internal()
+    return launch(kevlar, internal, lambda run_dir: engine_commands(run_dir, kevlar, internal, upstream_argv))
 
 
 if __name__ == "__main__":
