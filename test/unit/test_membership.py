@@ -233,7 +233,7 @@ def test_other_deadlines(phase, limit):
     assert event is not None and event.kind == "hang"
 
 
-@pytest.mark.parametrize("phase", [Phase.IDLE, Phase.STARTING])
+@pytest.mark.parametrize("phase", [Phase.IDLE, Phase.STARTING, Phase.WAITING])
 def test_phases_without_deadline(phase):
     watcher = Watcher(ready())
     assert watcher.watch(3600, beats={"rank0": watcher.beat(phase)}) is None

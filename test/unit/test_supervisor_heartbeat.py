@@ -43,6 +43,8 @@ def test_phases_tokens_and_times(tmp_path: Path) -> None:
     assert (read(reader).phase, read(reader).tokens) == (Phase.CONTROL, 0)
     writer.detokenize(7)
     assert (read(reader).phase, read(reader).tokens) == (Phase.DETOKENIZE, 7)
+    writer.wait()
+    assert (read(reader).phase, read(reader).tokens) == (Phase.WAITING, 0)
 
 
 def test_idle_keeps_its_start_and_renews_its_beat(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ class Phase(IntEnum):
     FORWARD = 2  # run_batch until its result is processed; `tokens` is the size of the batch
     CONTROL = 3  # a control request (weight update, flush, LoRA load): no deadline but control_timeout
     DETOKENIZE = 4
+    WAITING = 5  # until another process of the group sends something: no deadline, that one has
 
 
 class Heartbeat(msgspec.Struct, frozen=True):

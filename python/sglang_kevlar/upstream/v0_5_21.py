@@ -242,6 +242,8 @@ _WORKER_SEAMS = (
         _forward_isolation="batch overlap",
         run_batch="batch pp_proxy_tensors",
         process_input_requests="recv_reqs",
+        ingest_requests="",
+        _pp_recv_proxy_tensors="",
         on_idle="",
         _record_scheduler_state_for_paused_engine="",
     ),

@@ -52,6 +52,10 @@ class HeartbeatWriter:
         """A control request begins."""
         self._begin(Phase.CONTROL, 0)
 
+    def wait(self) -> None:
+        """Nothing to do until another process of the group sends something, however long that takes."""
+        self._begin(Phase.WAITING, 0)
+
     def detokenize(self, tokens: int = 0) -> None:
         """A batch of outputs begins."""
         self._begin(Phase.DETOKENIZE, tokens)

@@ -56,6 +56,8 @@ class Heartbeat(Protocol):
 
     def control(self) -> None: ...
 
+    def wait(self) -> None: ...
+
 
 @dataclasses.dataclass(kw_only=True, slots=True, frozen=True)
 class PromotingReceiver(SchedulerRequestReceiver):  # type: ignore[misc]
@@ -73,6 +75,8 @@ class PromotingReceiver(SchedulerRequestReceiver):  # type: ignore[misc]
 class KevlarScheduler(Scheduler):  # type: ignore[misc]
     #: Set on the class by the rank process before it constructs the scheduler.
     heartbeat: ClassVar[Heartbeat | None] = None
+    #: of a pipeline: not the first
+    _later_stage = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         register_wire_types()
@@ -85,6 +89,7 @@ class KevlarScheduler(Scheduler):  # type: ignore[misc]
         parallel = get_parallel()
         depth = parallel.pp_size + parallel.pp_async_batch_depth if parallel.pp_size > 1 else 2
         self._in_flight: deque[int] = deque(maxlen=depth)
+        self._later_stage = parallel.pp_rank > 0
         self.shadow = self.start_shadow()
 
     def start_shadow(self) -> RankShadow | None:
@@ -221,15 +226,27 @@ class KevlarScheduler(Scheduler):  # type: ignore[misc]
             self.heartbeat.forward(sum(self._in_flight))
         return super().run_batch(batch, *args, **kwargs)
 
+    # A later stage of a pipeline waits for the one before it, which may be busy with a batch or a control request that
+    # this one knows nothing of. The first stage waits for the last: its deadline is for all of them.
+
+    def ingest_requests(self) -> list[Any]:
+        if self._later_stage and self.heartbeat is not None:
+            self.heartbeat.wait()
+        received: list[Any] = super().ingest_requests()
+        return received
+
+    def _pp_recv_proxy_tensors(self) -> Any:
+        if self._later_stage and self.heartbeat is not None:
+            self.heartbeat.wait()
+        return super()._pp_recv_proxy_tensors()
+
     def process_input_requests(self, recv_reqs: list[Any]) -> None:
-        if self.heartbeat is None or not recv_reqs:
-            super().process_input_requests(recv_reqs)
-            return
-        if not all(isinstance(recv_req, _WORK) for recv_req in recv_reqs):
+        if self.heartbeat is not None and not all(isinstance(recv_req, _WORK) for recv_req in recv_reqs):
             self.heartbeat.control()
         super().process_input_requests(recv_reqs)
         # Scheduling what arrived is work with a deadline. If nothing comes of it, the loop says idle.
-        self.heartbeat.forward(sum(self._in_flight))
+        if self.heartbeat is not None and (recv_reqs or (self._later_stage and self._in_flight)):
+            self.heartbeat.forward(sum(self._in_flight))
 
     def on_idle(self) -> None:
         self._beat_idle()
