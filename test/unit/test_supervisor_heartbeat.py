@@ -57,6 +57,7 @@ def test_idle_keeps_its_start_and_renews_its_beat(tmp_path: Path) -> None:
     second = read(reader)
     assert second.phase_start_ns == first.phase_start_ns and second.beat_ns > first.beat_ns
     assert second.steps == first.steps == 0
+    assert second.since_ns == second.beat_ns
 
 
 @pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="no /dev/shm")
