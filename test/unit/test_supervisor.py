@@ -240,6 +240,20 @@ def test_member_that_never_becomes_ready_is_started_again(group: Group) -> None:
     group.ready(after=1)
 
 
+def test_member_that_is_stopped_while_it_starts_is_noticed(group: Group) -> None:
+    group.configure(stop_grace=0.5)
+    group.behave("rank1", """time.sleep(1000 if epoch == "1" else 0)""")
+    group.start()
+    starting = group.report(lambda r: r.phase == "starting" and len(r.members) == 3)
+    os.kill(pid_of(starting, "rank1"), signal.SIGSTOP)
+    time.sleep(0.2)
+    os.kill(pid_of(starting, "rank1"), signal.SIGCONT)
+    assert group.report(lambda r: True).epoch == 1
+    os.kill(pid_of(starting, "rank1"), signal.SIGSTOP)
+    assert "rank1 stopped (state T)" in group.report(lambda r: r.phase == "down", timeout=10).cause
+    assert group.ready(after=1).epoch == 2
+
+
 def test_first_failure_ends_a_supervisor_that_was_asked_to(group: Group) -> None:
     group.behave("rank0", """raise ValueError("bad weights")""")
     group.start(fail_fast=True)

@@ -25,6 +25,7 @@ import msgspec
 import zmq
 
 from sglang_kevlar.control.backoff import Backoff
+from sglang_kevlar.control.detection import CALM_INTERVAL, EpochWatch, Observation
 from sglang_kevlar.launcher.process import identify, record
 from sglang_kevlar.launcher.rundir import end_recorded
 from sglang_kevlar.launcher.status import EXIT_FAILED_START, StatusWriter
@@ -74,6 +75,7 @@ class Supervisor:
         self._failed_starts = 0
         self._ready_at: float | None = None
         self._start_deadline = float("inf")
+        self._start_watch = EpochWatch(plan.kevlar, 0.0)
         self._quit_deadline = float("inf")
         self._next_start = 0.0
         self._next_report = 0.0
@@ -119,7 +121,7 @@ class Supervisor:
     def _timeout_ms(self) -> int:
         deadlines = [self._next_report, self._quit_deadline]
         if self._phase == "starting":
-            deadlines.append(self._start_deadline)
+            deadlines += [self._start_deadline, time.monotonic() + CALM_INTERVAL]
         if not self._members:
             deadlines.append(self._next_start)
         if self._stop_deadline is not None:
@@ -135,6 +137,11 @@ class Supervisor:
             if self._phase == "starting":
                 late = [m.name for m in self._members.values() if not m.ready]
                 self._end_epoch(f"{', '.join(late)} not ready after {self._plan.kevlar.start_timeout:g} s")
+        if self._phase == "starting":
+            # Of a group that serves, the frontend watches this.
+            stopped = frozenset(m.name for m in self._members.values() if m.process.stopped())
+            if (loss := self._start_watch.observe(Observation({}, stopped), now)) is not None:
+                self._end_epoch(loss.cause)
         if now >= self._quit_deadline:
             self._quit_deadline = float("inf")
             if self._members and not self._ending:
@@ -159,6 +166,7 @@ class Supervisor:
         self._phase, self._ready_at, self._ending = "starting", None, False
         self._start_deadline = time.monotonic() + self._plan.kevlar.start_timeout
         self._quit_deadline = float("inf")
+        self._start_watch = EpochWatch(self._plan.kevlar, time.monotonic())
         for name, command in self._commands(self._epoch).items():
             member = Member(name, command)
             record(self._paths.processes, f"g{self._group}.{name}", member.process.identity)
