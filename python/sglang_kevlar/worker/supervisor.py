@@ -32,6 +32,7 @@ from sglang_kevlar.launcher.status import EXIT_FAILED_START, StatusWriter
 from sglang_kevlar.protocol.group import REPORT_INTERVAL, GroupPhase, GroupReport, KillGroup, ProcessRef
 from sglang_kevlar.protocol.launch import EXIT_CONFIG, LaunchPlan, Paths
 from sglang_kevlar.worker import group_files
+from sglang_kevlar.worker.free_port import free_port
 from sglang_kevlar.worker.member import Member
 from sglang_kevlar.worker.stderr import PassThrough
 
@@ -343,7 +344,7 @@ def engine_commands(paths: Paths, plan: LaunchPlan, group: int) -> Commands:
 
     def commands(epoch: int) -> dict[str, list[str]]:
         common = ["--run-dir", paths.run_dir, "--group", str(group), "--epoch", str(epoch)]
-        port = ["--dist-port", str(_free_port())]
+        port = ["--dist-port", str(free_port(group, plan.kevlar.worker_groups, taken=(plan.port,)))]
         module = [sys.executable, "-m"]
         members = {
             f"rank{rank}": [*module, "sglang_kevlar.worker.rank", *common, *port, "--rank", str(rank)]
@@ -352,14 +353,6 @@ def engine_commands(paths: Paths, plan: LaunchPlan, group: int) -> Commands:
         return {**members, "detokenizer": [*module, "sglang_kevlar.worker.detokenizer", *common, *port]}
 
     return commands
-
-
-def _free_port() -> int:
-    """For the rendezvous of the ranks. It may be taken until they bind it; then this start fails, and the next is
-    with another one."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
 
 
 def main() -> int:
