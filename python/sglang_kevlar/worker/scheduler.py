@@ -23,6 +23,7 @@ from sglang.srt.managers.scheduler_components.request_receiver import SchedulerR
 from sglang.srt.runtime_context import get_parallel
 from sglang.utils import TypeBasedDispatcher
 
+from sglang_kevlar.protocol.resume import MOVED
 from sglang_kevlar.shadow.promote import PromoteReq
 from sglang_kevlar.shadow.rank import RankShadow
 from sglang_kevlar.worker.penalties import count_inputs
@@ -155,8 +156,9 @@ class KevlarScheduler(Scheduler):  # type: ignore[misc]
         self.waiting_queue.insert(len(self.waiting_queue) if position is None else position, req)
 
     def _abort_on_queued_limit(self, recv_req: Req) -> bool:
-        # --max-queued-requests is for new work; a stream that has begun is not turned away.
-        return False if recv_req.retracted_stain else super()._abort_on_queued_limit(recv_req)
+        # --max-queued-requests is for new work: what was accepted once is not turned away, wherever it goes.
+        accepted = recv_req.retracted_stain or recv_req.rid.endswith(MOVED)
+        return False if accepted else super()._abort_on_queued_limit(recv_req)
 
     def _report_started(self, batch: ScheduleBatch) -> None:
         """Tell the frontend which requests run for the first time here, before they do: they may be what kills us.
