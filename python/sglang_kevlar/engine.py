@@ -19,7 +19,9 @@ from sglang_kevlar.protocol.launch import KevlarArgs, LaunchPlan, Paths
 os.environ["SGLANG_KEVLAR"] = "1"
 
 from sglang_kevlar.platform import torchvision_shim
+from sglang_kevlar.upstream import patches
 
+patches.install()
 torchvision_shim.install()
 
 from sglang_kevlar.frontend.groups_engine import GroupsEngine  # noqa: E402

@@ -83,20 +83,25 @@ def done(tmp_path_factory) -> dict[str, Done]:
     model = ["--model-path", str(top / "model"), "--device", "cpu"]
     lora = ["--enable-lora", "--lora-paths", "a=/nowhere/a", "--max-lora-rank", "8", "--lora-target-modules", "q_proj"]
     exact = ["--enable-deterministic-inference", "--attention-backend", "torch_native"]
+    busy = socket.create_server(("127.0.0.1", 0))
     cases = {
         "good": [*model, "--tp-size", "2", "--port", "35123", *lora, *exact],
         "unsupported": [*model, "--dp-size", "2", "--enable-streaming-session"],
         "broken model": ["--model-path", str(top / "broken"), "--device", "cpu"],
         "unknown flag": ["--model-path", "m", "--no-such-flag"],
         "no ranks": [*model, "--tp-size", "0"],
+        "offline": [*model, "--port", str(busy.getsockname()[1])],
+        "port in use": [*model, "--port", str(busy.getsockname()[1])],
     }
     kevlar = msgspec.json.encode(KevlarArgs(worker_groups=3)).decode()
     calls = []
     for name, argv in cases.items():
         (top / name).mkdir()
         own = ["--run-dir", str(top / name), "--launch-id", "abc", "--kevlar", kevlar]
+        own += ["--no-http"] if name == "offline" else []
         calls.append((str(top / name), [*own, "--", *argv]))
     forks = subprocess.run([sys.executable, "-c", FORKS], input=json.dumps(calls), capture_output=True, text=True)
+    busy.close()
     statuses = [int(line) for line in forks.stdout.split()]
     assert len(statuses) == len(cases), forks.stderr
     return {
@@ -148,6 +153,11 @@ def test_a_command_line_that_sglang_cannot_parse_exits_2_in_one_line(done):
 def test_a_group_without_ranks(done):
     assert done["no ranks"].status == EXIT_CONFIG
     assert "--tp-size 0: must be at least 1" in done["no ranks"].stderr
+
+
+def test_an_offline_engine_needs_no_port(done):
+    assert done["offline"].status == 0, done["offline"].stderr
+    assert done["port in use"].status == EXIT_CONFIG
 
 
 def test_a_port_in_use_is_found_before_anything_starts():

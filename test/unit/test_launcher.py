@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
+import psutil
 import pytest
 
 from sglang_kevlar.control.backoff import Backoff
@@ -53,6 +54,7 @@ signal.signal(signal.SIGTERM, lambda *_: (helper.kill(), sys.exit(0)))
 while True: time.sleep(1000)
 """
 FRONTEND = """
+say(status="ready")
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 while True: time.sleep(1000)
 """
@@ -238,6 +240,19 @@ def test_refused_launch_starts_nothing(server: Server, status: int) -> None:
     assert server.started("supervisor0") == []
 
 
+def test_the_launcher_sleeps_during_preparation(server: Server) -> None:
+    server.behave("prepare", "time.sleep(1000)")
+    server.start()
+    server.wait_started("prepare")
+    assert server.process is not None
+    launcher = psutil.Process(server.process.pid)
+    before = sum(launcher.cpu_times()[:2])
+    time.sleep(1)
+    assert sum(launcher.cpu_times()[:2]) - before < 0.2
+    server.process.terminate()
+    server.wait()
+
+
 @pytest.mark.parametrize("role", ["frontend", "supervisor1"])
 def test_dead_child_is_replaced_and_the_others_stay(server: Server, role: str) -> None:
     server.start()
@@ -273,7 +288,7 @@ def test_first_start_that_fails_ends_the_server_with_its_cause(server: Server) -
     server.start()
     assert server.wait() == 1
     assert "failed to start: no weights for group" in server.stderr()
-    assert len(server.started("supervisor0")) == 1
+    assert all(len(server.started(role)) <= 1 for role in ("supervisor0", "supervisor1"))
 
 
 def test_failed_start_beside_a_ready_group_is_tried_again(server: Server) -> None:
@@ -281,6 +296,25 @@ def test_failed_start_beside_a_ready_group_is_tried_again(server: Server) -> Non
     server.start()
     server.wait_started("supervisor1", times=2)
     assert server.process is not None and server.process.poll() is None
+
+
+def test_a_frontend_that_cannot_start_ends_the_server_with_its_cause(server: Server) -> None:
+    server.behave("frontend", 'time.sleep(0.5); say(status="failed", cause="OSError: no template"); sys.exit(1)')
+    server.start()
+    assert server.wait() == 1
+    assert "frontend exited with status 1 before it was ready" in server.stderr()
+    assert server.stderr().rstrip().endswith("OSError: no template")
+    assert len(server.started("frontend")) == 1
+
+
+def test_a_frontend_that_has_served_is_tried_again_whatever_happens(server: Server) -> None:
+    server.start()
+    server.up()
+    server.behave("frontend", "sys.exit(1)")
+    os.kill(server.started("frontend")[0], signal.SIGKILL)
+    server.wait_started("frontend", 4)
+    delays = [line.split("next start in ")[1] for line in server.stderr().splitlines() if "next start" in line]
+    assert delays[:3] == ["0.05 s", "0.1 s", "0.2 s"]
 
 
 def test_configuration_error_of_a_child_ends_the_server(server: Server) -> None:

@@ -233,11 +233,36 @@ def test_other_deadlines(phase, limit):
     assert event is not None and event.kind == "hang"
 
 
-@pytest.mark.parametrize("phase", [Phase.IDLE, Phase.STARTING])
+@pytest.mark.parametrize("phase", [Phase.STARTING, Phase.WAITING])
 def test_phases_without_deadline(phase):
     watcher = Watcher(ready())
     assert watcher.watch(3600, beats={"rank0": watcher.beat(phase)}) is None
     assert watcher.events == []
+
+
+def test_an_idle_rank_whose_loop_does_not_turn_is_hung():
+    watcher = Watcher(ready())
+    idle_for_long = Heartbeat(Phase.IDLE, 0, 0, int(watcher.now * 1e9), 1)
+    event = watcher.watch(20, beats={"rank0": idle_for_long, "detokenizer": watcher.beat(Phase.WAITING)})
+    assert event is not None and event.kind == "hang" and "rank0 in IDLE" in event.cause
+    assert 3.0 < event.detect_s < 3.2
+
+
+def test_an_idle_rank_whose_loop_turns_is_none():
+    watcher = Watcher(ready())
+    for _ in range(100):
+        beat = Heartbeat(Phase.IDLE, 0, 0, int(watcher.now * 1e9), 1)
+        assert watcher.watch(1.1, beats={"rank0": beat}) is None
+    assert watcher.events == []
+
+
+@pytest.mark.parametrize(("phase", "limit"), [(Phase.FORWARD, 103.0), (Phase.CONTROL, 10.0)])
+def test_an_idle_rank_may_wait_for_a_busy_one(phase, limit):
+    watcher = Watcher(ready())
+    beats = {"rank0": watcher.beat(Phase.IDLE), "rank1": watcher.beat(phase, tokens=10_000)}
+    assert watcher.watch(limit - 0.1, beats=beats) is None
+    event = watcher.watch(1, beats=beats)
+    assert event is not None and "rank1" in event.cause
 
 
 def test_starting_group_is_not_judged():

@@ -203,8 +203,8 @@ def test_stopped_supervisor_serves_on_but_cannot_delay_a_kill():
 def test_hang_and_long_prefill():
     async def scenario(world: World) -> None:
         group = world.group()
-        for name in ("rank0", "rank1", "detokenizer"):
-            group.beat(name, Phase.IDLE, age=3600)
+        for name in ("rank0", "detokenizer"):
+            group.beat(name, Phase.WAITING, age=3600)
         group.beat("rank1", Phase.FORWARD, tokens=100_000)
         group.report()
         await world.until(GroupReady)
@@ -218,10 +218,18 @@ def test_hang_and_long_prefill():
     in_world(scenario, hang_timeout=1.0)
 
 
-def test_a_busy_process_past_its_deadline_gets_longer():
+#: a rank that waits for its compiler, which ends when the rank does
+COMPILING_RANK = r"""
+import subprocess, sys
+subprocess.run([sys.executable, "-c", "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"])
+"""
+
+
+@pytest.mark.parametrize("code", ["while True: pass", COMPILING_RANK])
+def test_a_busy_process_past_its_deadline_gets_longer(code):
     async def scenario(world: World) -> None:
         group = world.group()
-        group.members = [group.spawn("rank0", "while True: pass")]
+        group.members = [group.spawn("rank0", code)]
         group.beat("rank0", Phase.FORWARD)
         group.report()
         await world.until(GroupSuspect)
@@ -243,6 +251,21 @@ while True:
     page.idle()
     time.sleep(0.05)
 """
+
+
+def test_cpu_time_of_children_stays_when_they_end():
+    code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'sum(range(20_000_000))']); input()"
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE)
+    watch = ProcessWatch(ProcessRef("rank0", process.pid, start_ticks(process.pid)))
+    times = [watch.cpu_time().run]
+    deadline = time.monotonic() + PATIENCE
+    while times[-1] < 0.2 or times[-1] != times[max(0, len(times) - 10)]:  # until nothing runs any more
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+        times.append(watch.cpu_time().run)
+    assert times == sorted(times)
+    watch.close()
+    process.communicate(b"\n")
 
 
 def test_a_starved_machine_is_no_failure():

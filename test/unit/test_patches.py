@@ -86,6 +86,22 @@ def test_too_late_to_patch_is_an_error(package, diff):
         patches.install_patches(parsed(diff))
 
 
+def test_in_effect_before_and_after_the_import(package, diff):
+    [patch] = parsed(diff)
+    assert not patches.in_effect(patch)
+    patches.install_patches([patch])
+    assert patches.in_effect(patch)
+    importlib.import_module("patched_pkg.mod")
+    assert patches.in_effect(patch)
+
+
+def test_a_module_imported_without_its_patch_is_not_patched(package, diff):
+    [patch] = parsed(diff)
+    importlib.import_module("patched_pkg.mod")
+    sys.meta_path.insert(0, patches.PatchFinder([patch]))
+    assert not patches.in_effect(patch)
+
+
 def test_on_disk_then_in_memory(package, diff):
     assert patches.apply_to(package, parsed(diff)) == ["patched_pkg/mod.py"]
     assert (package / "patched_pkg/mod.py").read_text() == AFTER

@@ -240,6 +240,20 @@ def test_member_that_never_becomes_ready_is_started_again(group: Group) -> None:
     group.ready(after=1)
 
 
+def test_member_that_is_stopped_while_it_starts_is_noticed(group: Group) -> None:
+    group.configure(stop_grace=0.5)
+    group.behave("rank1", """time.sleep(1000 if epoch == "1" else 0)""")
+    group.start()
+    starting = group.report(lambda r: r.phase == "starting" and len(r.members) == 3)
+    os.kill(pid_of(starting, "rank1"), signal.SIGSTOP)
+    time.sleep(0.2)
+    os.kill(pid_of(starting, "rank1"), signal.SIGCONT)
+    assert group.report(lambda r: True).epoch == 1
+    os.kill(pid_of(starting, "rank1"), signal.SIGSTOP)
+    assert "rank1 stopped (state T)" in group.report(lambda r: r.phase == "down", timeout=10).cause
+    assert group.ready(after=1).epoch == 2
+
+
 def test_first_failure_ends_a_supervisor_that_was_asked_to(group: Group) -> None:
     group.behave("rank0", """raise ValueError("bad weights")""")
     group.start(fail_fast=True)
@@ -308,10 +322,41 @@ def test_sigterm_is_enforced(group: Group) -> None:
     assert not any(alive(member.pid) for member in report.members)
 
 
-def test_sigquit_from_an_upstream_rank_is_no_death(group: Group) -> None:
-    group.behave("rank0", """if epoch == "1": import signal; os.kill(os.getppid(), signal.SIGQUIT)""")
+def test_a_member_whose_watchdog_sends_sigquit_ends_its_epoch(group: Group) -> None:
+    stuck = """
+        if epoch == "1":
+            import signal
+            say(status="ready")
+            time.sleep(1)
+            print("ERROR Scheduler watchdog timeout (self.watchdog_timeout=300, self.soft=False)", file=sys.stderr)
+            os.kill(os.getppid(), signal.SIGQUIT)
+            time.sleep(1000)
+    """
+    group.behave("rank1", stuck)
     group.start()
     assert group.ready().epoch == 1
+    cause = group.report(lambda r: r.phase == "down").cause
+    assert cause.startswith("rank1's watchdog") and "self.watchdog_timeout=300" in cause
+    assert group.ready(after=1).epoch == 2
+
+
+def test_a_member_that_sends_sigquit_and_ends_says_why_itself(group: Group) -> None:
+    group.behave(
+        "rank0",
+        """
+        if epoch == "1":
+            import signal
+            print("ValueError: the reason", file=sys.stderr)
+            os.kill(os.getppid(), signal.SIGQUIT)
+            time.sleep(0.5)
+            sys.exit(1)
+        """,
+    )
+    group.start()
+    cause = group.report(lambda r: r.phase == "down").cause
+    assert "exited with status 1: ValueError: the reason" in cause
+    time.sleep(2.5)  # the signal is not held against the next epoch
+    assert group.ready().epoch == 2
 
 
 def test_killed_supervisor_takes_its_members_along_and_epochs_go_on(group: Group) -> None:

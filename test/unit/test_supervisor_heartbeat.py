@@ -43,6 +43,8 @@ def test_phases_tokens_and_times(tmp_path: Path) -> None:
     assert (read(reader).phase, read(reader).tokens) == (Phase.CONTROL, 0)
     writer.detokenize(7)
     assert (read(reader).phase, read(reader).tokens) == (Phase.DETOKENIZE, 7)
+    writer.wait()
+    assert (read(reader).phase, read(reader).tokens) == (Phase.WAITING, 0)
 
 
 def test_idle_keeps_its_start_and_renews_its_beat(tmp_path: Path) -> None:
@@ -55,6 +57,7 @@ def test_idle_keeps_its_start_and_renews_its_beat(tmp_path: Path) -> None:
     second = read(reader)
     assert second.phase_start_ns == first.phase_start_ns and second.beat_ns > first.beat_ns
     assert second.steps == first.steps == 0
+    assert second.since_ns == second.beat_ns
 
 
 @pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="no /dev/shm")

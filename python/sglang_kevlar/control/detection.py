@@ -34,6 +34,7 @@ SAMPLE_AFTER = 1.0
 SAMPLE_INTERVAL = 0.5
 
 SUPERVISOR = "supervisor"
+_BUSY = (Phase.FORWARD, Phase.CONTROL)
 
 #: "unfit": the frontend cannot use it (does not connect, does not read, cannot be brought up to date)
 LossKind = Literal["exit", "stopped", "hang", "errors", "report", "unfit", "operator"]
@@ -64,7 +65,7 @@ class Loss(msgspec.Struct, frozen=True):
 
 
 class PhaseWatch:
-    """How long one member has been seen in the same phase of the same step."""
+    """How long one member has been seen in the same phase of the same step (or, idling, turn)."""
 
     def __init__(self, beat: Heartbeat) -> None:
         self.beat = beat
@@ -76,7 +77,7 @@ class PhaseWatch:
 
     def same_phase(self, beat: Heartbeat) -> bool:
         old = self.beat
-        return (old.phase, old.phase_start_ns, old.steps) == (beat.phase, beat.phase_start_ns, beat.steps)
+        return (old.phase, old.since_ns, old.steps) == (beat.phase, beat.since_ns, beat.steps)
 
     def advance(self, beat: Heartbeat, tick: float, cpu: CpuTime | None) -> None:
         self.beat = beat
@@ -93,10 +94,13 @@ class PhaseWatch:
 
 
 def deadline(beat: Heartbeat, args: KevlarArgs) -> float | None:
-    """Seconds a phase may last; None for phases without a deadline (starting has the supervisor's, idle has none)."""
+    """Seconds a phase may last; None for phases without a deadline (starting has the supervisor's).
+
+    Of an idle rank: seconds until its loop must have turned.
+    """
     if beat.phase is Phase.FORWARD:
         return args.hang_timeout + args.hang_per_ktoken * beat.tokens / 1000
-    if beat.phase is Phase.DETOKENIZE:
+    if beat.phase in (Phase.DETOKENIZE, Phase.IDLE):
         return args.hang_timeout
     if beat.phase is Phase.CONTROL:
         # The request itself fails by name at control_timeout; a group is only given up well after that.
@@ -157,19 +161,21 @@ class EpochWatch:
 
     def _observe_phases(self, obs: Observation, tick: float, now: float, suspicions: list[str]) -> Loss | None:
         loss = None
+        # An idle rank's loop turns together with those of the others, so it may wait for one that is busy.
+        busy = any(beat.phase in _BUSY for beat in obs.beats.values())
         for name, beat in obs.beats.items():
             watch = self._phases.get(name)
             if watch is None or not watch.same_phase(beat):
                 self._phases[name] = PhaseWatch(beat)
                 continue
             limit = deadline(beat, self._args)
-            if limit is None:
+            if limit is None or (busy and beat.phase is Phase.IDLE):
                 continue
             watch.advance(beat, tick, obs.cpu.get(name))
             if watch.watched > limit:
                 what = f"{name} in {beat.phase.name} for {watch.watched:.1f} s (limit {limit:.1f} s)"
                 suspicions.append(what)
                 if watch.age > limit:
-                    since = min(max(beat.phase_start_ns / 1e9, 0.0), now - watch.watched)
+                    since = min(max(beat.since_ns / 1e9, 0.0), now - watch.watched)
                     loss = loss or Loss("hang", f"{what}, {beat.tokens} tokens", since)
         return loss

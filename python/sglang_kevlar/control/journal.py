@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from sglang_kevlar.protocol.launch import KevlarArgs
-from sglang_kevlar.protocol.resume import ResumeState
+from sglang_kevlar.protocol.resume import MOVED, ResumeState
 
-#: Separates the request id from the attempt in a wire id. Wire ids are parsed by nobody: they are looked up.
+#: Separates the request id from the attempt in a wire id. Wire ids are looked up; but for their end nobody parses them.
 WIRE_SEPARATOR = "~"
 
 #: at most this many of a request's future tokens are counted as load: most requests end before their limit
@@ -124,7 +124,8 @@ class Journal:
         assert entry.attempt is None, f"request {entry.rid} already runs on group {entry.attempt}"
         self._next_attempt += 1
         # Terminated: upstream aborts by prefix, and attempt 1 must not take attempt 12 with it.
-        wire_rid = f"{entry.rid}{WIRE_SEPARATOR}{self._incarnation}.{self._next_attempt};"
+        end = MOVED if entry.redirects else ";"
+        wire_rid = f"{entry.rid}{WIRE_SEPARATOR}{self._incarnation}.{self._next_attempt}{end}"
         entry.started = False
         entry.attempt = Attempt(wire_rid, group, epoch, entry.reserved_tokens)
         if not entry.delivered:

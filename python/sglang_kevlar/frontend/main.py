@@ -14,12 +14,14 @@ if __name__ == "__main__":
 import argparse
 import contextlib
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from sglang_kevlar.launcher.status import StatusWriter
 from sglang_kevlar.protocol.launch import EXIT_CONFIG, LaunchPlan, Paths
+from sglang_kevlar.worker.bootstrap import describe
 
 if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
@@ -28,24 +30,30 @@ if TYPE_CHECKING:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--run-dir", required=True)
-    paths = Paths(parser.parse_args().run_dir)
+    parser.add_argument("--status-fd", type=int, required=True)
+    args = parser.parse_args()
+    paths, status = Paths(args.run_dir), StatusWriter(args.status_fd)
     with open(paths.plan, "rb") as file:
         plan = msgspec.json.decode(file.read(), type=LaunchPlan)
     from sglang_kevlar.upstream.contract import UpstreamMismatch
 
     try:
-        serve(plan, paths, load_upstream(plan))
+        serve(plan, paths, load_upstream(plan), lambda: status.send({"status": "ready"}))
     except UpstreamMismatch as mismatch:
         # Another try meets the same upstream.
         print(f"sglang-kevlar: error: {mismatch}", file=sys.stderr, flush=True)
         sys.exit(EXIT_CONFIG)
+    except Exception as error:
+        status.send({"status": "failed", "cause": describe(error)})
+        raise
 
 
 def load_upstream(plan: LaunchPlan) -> ServerArgs:
     """Import SGLang with our plug-ins, verified, and load the arguments the launcher resolved."""
     from sglang_kevlar.platform import torchvision_shim
-    from sglang_kevlar.upstream import saved_args
+    from sglang_kevlar.upstream import patches, saved_args
 
+    patches.install()
     torchvision_shim.install()
     server_args = saved_args.load(plan.server_args_file)
 
@@ -59,8 +67,8 @@ def load_upstream(plan: LaunchPlan) -> ServerArgs:
     return server_args
 
 
-def serve(plan: LaunchPlan, paths: Paths, server_args: ServerArgs) -> None:
-    """Returns when the HTTP server was told to stop and has drained."""
+def serve(plan: LaunchPlan, paths: Paths, server_args: ServerArgs, on_ready: Callable[[], None]) -> None:
+    """Returns when the HTTP server was told to stop and has drained. ``on_ready``: called after its warm-up."""
     from sglang.srt.entrypoints import http_server
 
     from sglang_kevlar.frontend import endpoints, middleware
@@ -81,7 +89,13 @@ def serve(plan: LaunchPlan, paths: Paths, server_args: ServerArgs) -> None:
 
     app.router.lifespan_context = lifespan
     http_server._setup_and_run_http_server(
-        server_args, manager, templates, port_args, init_result.scheduler_infos, watchdog
+        server_args,
+        manager,
+        templates,
+        port_args,
+        init_result.scheduler_infos,
+        watchdog,
+        launch_callback=on_ready,
     )
 
 

@@ -287,7 +287,7 @@ class GroupMonitor:
                 continue
             beats[ref.name] = beat
             limit = deadline(beat, self._args)
-            age = now - beat.phase_start_ns / 1e9
+            age = now - beat.since_ns / 1e9
             if limit is not None and age > min(SAMPLE_AFTER, limit / 4) and now - watch.sampled_at >= SAMPLE_INTERVAL:
                 cpu[ref.name] = watch.cpu_time()
                 watch.sampled_at = now

@@ -62,9 +62,11 @@ class _Role:
         self.backoff = backoff
         self.child: Child | None = None
         self.status: StatusReader | None = None
-        self.started = 0.0
-        #: when to start it (again); None while it runs, or when it is not to be started any more
-        self.due: float | None = 0.0
+        #: when its process of now, and whether any of them, said that it is ready
+        self.ready_at: float | None = None
+        self.was_ready = False
+        #: when to start it (again); None while it runs, and when it is not (yet, or any more) to be started
+        self.due: float | None = None
         self.cause = ""
 
 
@@ -89,7 +91,6 @@ class Launcher:
             _Role(name, group, Backoff(kevlar.restart_backoff, kevlar.restart_backoff_max))
             for name, group in frontend + groups
         ]
-        self._any_ready = False
         self._exit_status = 0
         #: None while serving; then what is being ended, "frontend" or "groups"
         self._ending: str | None = None
@@ -105,6 +106,8 @@ class Launcher:
         if status is not None:
             return status
         self._tell_owner(status="prepared", run_dir=self._paths.run_dir, launch_id=self._run_dir.launch_id)
+        for role in self._roles:
+            role.due = 0.0
         while not self._finished():
             self._start_due()
             self._step()
@@ -139,21 +142,17 @@ class Launcher:
                 self._start(role)
 
     def _start(self, role: _Role) -> None:
-        role.due, role.started = None, time.monotonic()
-        if role.group is None:
-            command, pass_fds = self._commands("frontend", 0), []
-        else:
-            role.status = StatusReader()
-            pass_fds = [role.status.writer]
-            command = [*self._commands("supervisor", role.group), "--status-fd", str(role.status.writer)]
-            if not self._any_ready:
-                command.append("--exit-on-failed-start")
-        child = role.child = spawn(role.name, command, pass_fds=pass_fds)
+        role.due, role.ready_at, role.cause = None, None, ""
+        status = role.status = StatusReader()
+        command = self._commands("frontend", 0) if role.group is None else self._commands("supervisor", role.group)
+        command = [*command, "--status-fd", str(status.writer)]
+        if role.group is not None and not self._any_ready():
+            command.append("--exit-on-failed-start")
+        child = role.child = spawn(role.name, command, pass_fds=[status.writer])
         record(self._paths.processes, role.name, child.identity)
         self._watch(child.pidfd, lambda: self._on_exit(role))
-        if role.status is not None:
-            os.close(role.status.writer)
-            self._watch(role.status.fileno(), lambda: self._on_status(role))
+        os.close(status.writer)
+        self._watch(status.fileno(), lambda: self._on_status(role))
 
     # -- the loop
 
@@ -170,6 +169,10 @@ class Launcher:
     def _watch(self, fd: int, handler: Callable[[], None]) -> None:
         self._selector.register(fd, selectors.EVENT_READ, handler)
 
+    def _any_ready(self) -> bool:
+        """Whether any group ever was."""
+        return any(role.was_ready for role in self._roles if role.group is not None)
+
     def _running(self, frontend: bool) -> list[_Role]:
         return [role for role in self._roles if role.child is not None and (role.group is None) is frontend]
 
@@ -180,9 +183,10 @@ class Launcher:
         assert role.status is not None
         for message in role.status.read():
             if message["status"] == "ready":
-                if not self._any_ready:
-                    self._any_ready = True
+                if role.group is not None and not self._any_ready():
                     self._tell_owner(status="ready")
+                role.was_ready = True
+                role.ready_at = role.ready_at or time.monotonic()
             else:
                 role.cause = str(message.get("cause", ""))
         if role.status.closed:
@@ -210,12 +214,15 @@ class Launcher:
                 self._end_groups()
             return
         what = "frontend" if role.group is None else f"worker group {role.group}"
-        if status == EXIT_CONFIG and (role.group is None or not self._any_ready):
+        if status == EXIT_CONFIG and (role.group is None or not self._any_ready()):
             self._fail(f"{what} cannot work with this configuration", role, EXIT_CONFIG)
-        elif status == EXIT_FAILED_START and not self._any_ready:
+        elif status == EXIT_FAILED_START and not self._any_ready():
             self._fail(f"{what} failed to start, and no other has", role, 1)
+        elif role.group is None and not role.was_ready:
+            # Nobody was served yet, and another try meets the same flags, files and port.
+            self._fail(f"{what} {describe_exit(status)} before it was ready (its own words are above)", role, 1)
         else:
-            delay = role.backoff.failed(time.monotonic() - role.started)
+            delay = role.backoff.failed(0.0 if role.ready_at is None else time.monotonic() - role.ready_at)
             role.due = time.monotonic() + delay
             name = what if role.group is None else f"supervisor of {what}"
             _log(f"{name} (pid {child.pid}) {describe_exit(status)}; next start in {delay:g} s")
@@ -317,13 +324,16 @@ def _log(text: str) -> None:
     print(f"[{time.strftime('%Y-%m-%d %H:%M:%S')} kevlar] {text}", file=sys.stderr, flush=True)
 
 
-def engine_commands(run_dir: rundir.RunDir, kevlar: KevlarArgs, upstream_argv: Sequence[str]) -> Commands:
+def engine_commands(
+    run_dir: rundir.RunDir, kevlar: KevlarArgs, internal: Internal, upstream_argv: Sequence[str]
+) -> Commands:
     """The real processes."""
     at = ["--run-dir", run_dir.path]
 
     def commands(role: str, group: int) -> list[str]:
         if role == "prepare":
             settings = ["--launch-id", run_dir.launch_id, "--kevlar", msgspec.json.encode(kevlar).decode()]
+            settings += ["--no-http"] if internal.groups_only else []
             return [*_PYTHON, "sglang_kevlar.launcher.prepare", *at, *settings, "--", *upstream_argv]
         if role == "frontend":
             return [*_PYTHON, "sglang_kevlar.frontend.main", *at]
@@ -385,7 +395,8 @@ def run(argv: Sequence[str], internal: Internal | None = None) -> int:
         return 0
     kevlar, upstream_argv = config.split_args(argv)
     os.environ.pop(PARENT_ENV, None)
-    return launch(kevlar, internal or Internal(), lambda run_dir: engine_commands(run_dir, kevlar, upstream_argv))
+    internal = internal or Internal()
+    return launch(kevlar, internal, lambda run_dir: engine_commands(run_dir, kevlar, internal, upstream_argv))
 
 
 if __name__ == "__main__":

@@ -39,17 +39,18 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--run-dir", required=True)
     parser.add_argument("--launch-id", required=True)
     parser.add_argument("--kevlar", required=True, help="KevlarArgs as JSON")
+    parser.add_argument("--no-http", action="store_true", help="an offline engine, which listens nowhere")
     own = parser.parse_args(argv[:split])
     kevlar = msgspec.json.decode(own.kevlar, type=KevlarArgs)
     try:
-        prepare(Paths(own.run_dir), own.launch_id, kevlar, list(argv[split + 1 :]))
+        prepare(Paths(own.run_dir), own.launch_id, kevlar, list(argv[split + 1 :]), http=not own.no_http)
     except LaunchRefused as refusal:
         print(f"sglang-kevlar: error: {refusal}", file=sys.stderr, flush=True)
         return EXIT_CONFIG
     return 0
 
 
-def prepare(paths: Paths, launch_id: str, kevlar: KevlarArgs, argv: list[str]) -> LaunchPlan:
+def prepare(paths: Paths, launch_id: str, kevlar: KevlarArgs, argv: list[str], http: bool = True) -> LaunchPlan:
     """Write the launch plan and the resolved arguments. Raises ``LaunchRefused``."""
     environment, search_path = dict(os.environ), list(sys.path)
     _load_upstream()
@@ -57,7 +58,8 @@ def prepare(paths: Paths, launch_id: str, kevlar: KevlarArgs, argv: list[str]) -
 
     server_args = _parse(argv)
     _check_supported(server_args)
-    _check_port(server_args.host, server_args.port)
+    if http:
+        _check_port(server_args.host, server_args.port)
     _resolve(server_args)
     _check_supported(server_args, resolved=True)
     plan = _plan(paths, launch_id, kevlar, server_args)
@@ -72,10 +74,10 @@ def prepare(paths: Paths, launch_id: str, kevlar: KevlarArgs, argv: list[str]) -
 def _load_upstream() -> None:
     """Import SGLang with its plug-ins, and make sure it is the one we were made for."""
     from sglang_kevlar.platform import torchvision_shim
-    from sglang_kevlar.upstream import contract
+    from sglang_kevlar.upstream import contract, patches
 
     try:
-        contract.installed_version()
+        patches.install()
         torchvision_shim.install()
         from sglang_kevlar.upstream import plugin
 

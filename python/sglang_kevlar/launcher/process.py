@@ -100,6 +100,11 @@ class Child:
             except ProcessLookupError:
                 pass
 
+    def stopped(self) -> bool:
+        """Whether it is in /proc state T, as after SIGSTOP."""
+        stat = _stat(self.pid)
+        return stat is not None and stat.state == "T"
+
     def kill(self) -> None:
         """SIGKILL the process, and ask what it started to end.
 

@@ -22,10 +22,11 @@ LAYOUT = struct.Struct("<IIIIQQQ")
 
 class Phase(IntEnum):
     STARTING = 0  # imports, weights, graph capture: bounded by start_timeout only
-    IDLE = 1  # waiting for input; `beat` may be old because an idle scheduler sleeps
+    IDLE = 1  # a scheduler's loop turns and finds nothing to do: a beat every turn, with at most a second's sleep
     FORWARD = 2  # run_batch until its result is processed; `tokens` is the size of the batch
     CONTROL = 3  # a control request (weight update, flush, LoRA load): no deadline but control_timeout
     DETOKENIZE = 4
+    WAITING = 5  # until another process sends something: no deadline
 
 
 class Heartbeat(msgspec.Struct, frozen=True):
@@ -34,6 +35,11 @@ class Heartbeat(msgspec.Struct, frozen=True):
     phase_start_ns: int
     beat_ns: int
     steps: int
+
+    @property
+    def since_ns(self) -> int:
+        """When what it does now began: idling begins anew at every turn of the loop."""
+        return self.beat_ns if self.phase is Phase.IDLE else self.phase_start_ns
 
 
 def pack(sequence: int, beat: Heartbeat) -> bytes:

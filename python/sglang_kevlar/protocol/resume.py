@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import msgspec
 
+#: how the wire id of a request ends that a group had accepted before this one
+MOVED = "+;"
+
 
 class ResumeState(msgspec.Struct, frozen=True, kw_only=True):
     """State of a request at the moment of a redirect. Only sent when at least one token was delivered."""

@@ -1,4 +1,4 @@
-"""The few changes for which SGLang has no seam: ``patches/VERSION/*.patch``.
+"""The few changes for which SGLang has no seam: ``sglang_kevlar/patches/VERSION/*.patch``.
 
 A patch is a unified diff without context (``diff -U0``) under a header::
 
@@ -122,17 +122,17 @@ def load(directory: Path, version: str, expected: Sequence[str]) -> list[FilePat
 
 
 def default_directory() -> Path:
-    return Path(__file__).resolve().parents[3] / "patches"
+    return Path(__file__).resolve().parents[1] / "patches"
 
 
 class _Loader(importlib.machinery.SourceFileLoader):
     def __init__(self, fullname: str, path: str, patch: FilePatch) -> None:
         super().__init__(fullname, path)
-        self._patch = patch
+        self.patch = patch
 
     def get_code(self, fullname: str) -> CodeType:
         # Not through super(): the byte code cached on disk is that of the unpatched file.
-        return self.source_to_code(self._patch.apply(self.get_data(self.path)), self.path)
+        return self.source_to_code(self.patch.apply(self.get_data(self.path)), self.path)
 
 
 class PatchFinder(importlib.abc.MetaPathFinder):
@@ -140,6 +140,9 @@ class PatchFinder(importlib.abc.MetaPathFinder):
 
     def __init__(self, patches: Sequence[FilePatch]) -> None:
         self._patches = {patch.module: patch for patch in patches}
+
+    def will_apply(self, patch: FilePatch) -> bool:
+        return self._patches.get(patch.module) == patch
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -156,13 +159,33 @@ class PatchFinder(importlib.abc.MetaPathFinder):
 
 
 def install() -> None:
-    """Patch SGLang in this process, from now on. Call it before anything imports sglang.
+    """Patch SGLang in this process, from now on. Call it before anything imports sglang; a second call does nothing.
 
     Raises ``UpstreamMismatch`` when a file to be patched is already imported; the import of a file that is not
     what its patch was made for raises it then.
     """
+    install_patches([patch for patch in _declared() if not in_effect(patch)])
+
+
+def verify() -> None:
+    """Raise ``UpstreamMismatch`` naming every patch that is not in effect in this process."""
+    if missing := [patch for patch in _declared() if not in_effect(patch)]:
+        names = ", ".join(f"{patch.patch} ({patch.module})" for patch in missing)
+        raise UpstreamMismatch(f"SGLang patches that are not in effect: {names}")
+
+
+def _declared() -> list[FilePatch]:
     version = installed_version()
-    install_patches(load(default_directory(), version, declared_patches(version)))
+    return load(default_directory(), version, declared_patches(version))
+
+
+def in_effect(patch: FilePatch) -> bool:
+    """Whether the module was imported through this patch or, if it was not imported yet, would be."""
+    module = sys.modules.get(patch.module)
+    if module is None:
+        return any(isinstance(finder, PatchFinder) and finder.will_apply(patch) for finder in sys.meta_path)
+    loader = getattr(module.__spec__, "loader", None)
+    return isinstance(loader, _Loader) and loader.patch == patch
 
 
 def install_patches(patches: Sequence[FilePatch]) -> None:
@@ -193,9 +216,7 @@ def main(argv: Sequence[str]) -> int:
     if len(argv) != 2 or argv[0] != "apply":
         raise SystemExit("usage: python -m sglang_kevlar.upstream.patches apply DIR   (DIR contains sglang/)")
     try:
-        version = installed_version()
-        patches = load(default_directory(), version, declared_patches(version))
-        changed = apply_to(Path(argv[1]), patches)
+        changed = apply_to(Path(argv[1]), _declared())
     except UpstreamMismatch as mismatch:
         print(f"error: {mismatch}", file=sys.stderr)
         return 1

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+from sglang_kevlar.upstream import patches
 from sglang_kevlar.upstream.contract import UpstreamMismatch
 
 #: Set to "1" in every process of ours. Without it a `python -m sglang.launch_server` in the same environment keeps
@@ -50,16 +51,19 @@ def register() -> None:
     if enabled():
         for hook in hooks():
             HookRegistry.register(hook.target, hook.function, hook.kind)
+        # For processes that SGLang itself spawns; ours have done it before they imported anything of it.
+        patches.install()
 
 
 def verify_applied() -> None:
-    """Raise UpstreamMismatch naming every hook that is not in effect in this process. Upstream only logs a failure.
+    """Raise UpstreamMismatch naming every hook or patch that is not in effect here. Upstream only logs a failure.
 
     To be called after ``sglang.srt.plugins.load_plugins()``.
     """
     missing = [hook.target for hook in hooks() if not is_applied(hook)]
     if missing:
         raise UpstreamMismatch(f"SGLang hooks that were not applied (see the log above): {', '.join(missing)}")
+    patches.verify()
 
 
 def is_applied(hook: Hook) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from sglang_kevlar.upstream.contract import Role, Seam
 
-#: files in patches/0.5.21
+#: files in sglang_kevlar/patches/0.5.21
 PATCHES: tuple[str, ...] = ("0001-ollama-last-text.patch",)
 
 _PREPARE: tuple[Role, ...] = ("prepare",)
@@ -134,7 +134,8 @@ _FRONTEND_SEAMS = (
     _seam(
         "srt.entrypoints.http_server:_setup_and_run_http_server",
         _FRONTEND,
-        passes="server_args tokenizer_manager template_manager port_args scheduler_infos subprocess_watchdog",
+        passes="server_args tokenizer_manager template_manager port_args scheduler_infos subprocess_watchdog "
+        "launch_callback",
     ),
     *(
         _seam(f"srt.entrypoints.http_server:{endpoint}", _FRONTEND)
@@ -224,6 +225,8 @@ _WORKER_SEAMS = (
         passes="server_args port_args gpu_id tp_rank pp_rank dp_rank pipe_writer",
     ),
     _seam("srt.utils:maybe_reindex_device_id", _RANK, signature="gpu_id"),
+    _seam("srt.environ:Envs", _RANK, fields="SGLANG_FORCE_STREAM_INTERVAL"),
+    _seam("srt.managers.scheduler_components.output_streamer:DEFAULT_FORCE_STREAM_INTERVAL", _RANK),
     _seam(
         _SCHEDULER,
         _RANK,
@@ -240,6 +243,8 @@ _WORKER_SEAMS = (
         get_output_streamer_class="",
         run_batch="batch pp_proxy_tensors",
         process_input_requests="recv_reqs",
+        ingest_requests="",
+        _pp_recv_proxy_tensors="",
         on_idle="",
         _record_scheduler_state_for_paused_engine="",
     ),

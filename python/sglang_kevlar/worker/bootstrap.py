@@ -40,8 +40,9 @@ class Incarnation:
     def load_upstream(self) -> ServerArgs:
         """Import SGLang with our plug-ins, verified, and load what the launcher resolved."""
         from sglang_kevlar.platform import torchvision_shim
-        from sglang_kevlar.upstream import saved_args
+        from sglang_kevlar.upstream import patches, saved_args
 
+        patches.install()
         torchvision_shim.install()
         server_args = saved_args.load(self.plan.server_args_file)
 

@@ -31,12 +31,12 @@ def _manager_class(incarnation: Incarnation) -> type[DetokenizerManager]:
                 try:
                     return dispatch(message)
                 finally:
-                    heartbeat.idle()
+                    heartbeat.wait()
 
             self._request_dispatcher: Any = watched
 
         def event_loop(self) -> None:
-            heartbeat.idle()
+            heartbeat.wait()
             incarnation.status.send({"status": "ready"})
             super().event_loop()
 

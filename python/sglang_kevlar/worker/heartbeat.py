@@ -52,12 +52,16 @@ class HeartbeatWriter:
         """A control request begins."""
         self._begin(Phase.CONTROL, 0)
 
+    def wait(self) -> None:
+        """Nothing to do until another process sends something, however long that takes."""
+        self._begin(Phase.WAITING, 0)
+
     def detokenize(self, tokens: int = 0) -> None:
         """A batch of outputs begins."""
         self._begin(Phase.DETOKENIZE, tokens)
 
     def idle(self) -> None:
-        """Waiting for input. The phase starts when it was not idle before; the beat is now in any case."""
+        """Nothing to do in this turn. The phase starts when it was not idle before; the beat is now in any case."""
         now = time.monotonic_ns()
         if self._phase is not Phase.IDLE:
             self._phase, self._phase_start, self._tokens = Phase.IDLE, now, 0

@@ -27,6 +27,7 @@ from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.runtime_context import get_parallel
 from sglang.utils import TypeBasedDispatcher
 
+from sglang_kevlar.protocol.resume import MOVED
 from sglang_kevlar.shadow.promote import PromoteReq
 from sglang_kevlar.shadow.rank import RankShadow
 from sglang_kevlar.worker.forced_decode import ForcedDecode, ForcedOutputStreamer, first_forced
@@ -61,6 +62,8 @@ class Heartbeat(Protocol):
 
     def control(self) -> None: ...
 
+    def wait(self) -> None: ...
+
 
 @dataclasses.dataclass(kw_only=True, slots=True, frozen=True)
 class PromotingReceiver(SchedulerRequestReceiver):  # type: ignore[misc]
@@ -78,6 +81,8 @@ class PromotingReceiver(SchedulerRequestReceiver):  # type: ignore[misc]
 class KevlarScheduler(Scheduler):  # type: ignore[misc]
     #: Set on the class by the rank process before it constructs the scheduler.
     heartbeat: ClassVar[Heartbeat | None] = None
+    #: of a pipeline: not the first
+    _later_stage = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         register_wire_types()
@@ -90,6 +95,7 @@ class KevlarScheduler(Scheduler):  # type: ignore[misc]
         parallel = get_parallel()
         depth = parallel.pp_size + parallel.pp_async_batch_depth if parallel.pp_size > 1 else 2
         self._in_flight: deque[int] = deque(maxlen=depth)
+        self._later_stage = parallel.pp_rank > 0
         self._forced = ForcedDecode(self.model_worker)
         self.shadow = self.start_shadow()
 
@@ -155,8 +161,9 @@ class KevlarScheduler(Scheduler):  # type: ignore[misc]
         self.waiting_queue.insert(len(self.waiting_queue) if position is None else position, req)
 
     def _abort_on_queued_limit(self, recv_req: Req) -> bool:
-        # --max-queued-requests is for new work; a stream that has begun is not turned away.
-        return False if recv_req.retracted_stain else super()._abort_on_queued_limit(recv_req)
+        # --max-queued-requests is for new work: what was accepted once is not turned away, wherever it goes.
+        accepted = recv_req.retracted_stain or recv_req.rid.endswith(MOVED)
+        return False if accepted else super()._abort_on_queued_limit(recv_req)
 
     def _report_started(self, batch: ScheduleBatch) -> None:
         """Tell the frontend which requests run for the first time here, before they do: they may be what kills us.
@@ -246,15 +253,27 @@ class KevlarScheduler(Scheduler):  # type: ignore[misc]
         with self._forced.in_step(batch):
             return super().run_batch(batch, *args, **kwargs)
 
+    # A later stage of a pipeline waits for the one before it, which may be busy with a batch or a control request that
+    # this one knows nothing of. The first stage waits for the last: its deadline is for all of them.
+
+    def ingest_requests(self) -> list[Any]:
+        if self._later_stage and self.heartbeat is not None:
+            self.heartbeat.wait()
+        received: list[Any] = super().ingest_requests()
+        return received
+
+    def _pp_recv_proxy_tensors(self) -> Any:
+        if self._later_stage and self.heartbeat is not None:
+            self.heartbeat.wait()
+        return super()._pp_recv_proxy_tensors()
+
     def process_input_requests(self, recv_reqs: list[Any]) -> None:
-        if self.heartbeat is None or not recv_reqs:
-            super().process_input_requests(recv_reqs)
-            return
-        if not all(isinstance(recv_req, _WORK) for recv_req in recv_reqs):
+        if self.heartbeat is not None and not all(isinstance(recv_req, _WORK) for recv_req in recv_reqs):
             self.heartbeat.control()
         super().process_input_requests(recv_reqs)
         # Scheduling what arrived is work with a deadline. If nothing comes of it, the loop says idle.
-        self.heartbeat.forward(sum(self._in_flight))
+        if self.heartbeat is not None and (recv_reqs or (self._later_stage and self._in_flight)):
+            self.heartbeat.forward(sum(self._in_flight))
 
     def on_idle(self) -> None:
         self._beat_idle()

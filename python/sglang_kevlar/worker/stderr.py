@@ -60,6 +60,10 @@ class MemberStderr:
         errors = [line for line in lines if _ERROR.search(line)]
         return " | ".join(errors[-2:] or lines[-1:])
 
+    def last_with(self, text: str) -> str:
+        """The last of the lines that contains ``text``; empty when none does."""
+        return next((line for line in reversed(self._lines) if text in line), "")
+
     def forget(self) -> None:
         """What was said so far is no reason for what comes."""
         self._lines.clear()

@@ -25,17 +25,21 @@ import msgspec
 import zmq
 
 from sglang_kevlar.control.backoff import Backoff
+from sglang_kevlar.control.detection import CALM_INTERVAL, EpochWatch, Observation
 from sglang_kevlar.launcher.process import identify, record
 from sglang_kevlar.launcher.rundir import end_recorded
 from sglang_kevlar.launcher.status import EXIT_FAILED_START, StatusWriter
 from sglang_kevlar.protocol.group import REPORT_INTERVAL, GroupPhase, GroupReport, KillGroup, ProcessRef
 from sglang_kevlar.protocol.launch import EXIT_CONFIG, LaunchPlan, Paths
 from sglang_kevlar.worker import group_files
+from sglang_kevlar.worker.free_port import free_port
 from sglang_kevlar.worker.member import Member
 from sglang_kevlar.worker.stderr import PassThrough
 
 #: seconds between SIGTERM and SIGKILL at shutdown
 _STOP_TIMEOUT = 5.0
+#: seconds in which a member that sent SIGQUIT may end by itself, which says more about why
+_QUIT_GRACE = 2.0
 
 #: command lines of the members of an epoch by name; the supervisor appends ``--ready-fd N``
 Commands = Callable[[int], Mapping[str, Sequence[str]]]
@@ -72,6 +76,8 @@ class Supervisor:
         self._failed_starts = 0
         self._ready_at: float | None = None
         self._start_deadline = float("inf")
+        self._start_watch = EpochWatch(plan.kevlar, 0.0)
+        self._quit_deadline = float("inf")
         self._next_start = 0.0
         self._next_report = 0.0
         self._stop_deadline: float | None = None
@@ -114,9 +120,9 @@ class Supervisor:
         return not self._members and self._stop_deadline is None and now >= self._next_start
 
     def _timeout_ms(self) -> int:
-        deadlines = [self._next_report]
+        deadlines = [self._next_report, self._quit_deadline]
         if self._phase == "starting":
-            deadlines.append(self._start_deadline)
+            deadlines += [self._start_deadline, time.monotonic() + CALM_INTERVAL]
         if not self._members:
             deadlines.append(self._next_start)
         if self._stop_deadline is not None:
@@ -132,6 +138,15 @@ class Supervisor:
             if self._phase == "starting":
                 late = [m.name for m in self._members.values() if not m.ready]
                 self._end_epoch(f"{', '.join(late)} not ready after {self._plan.kevlar.start_timeout:g} s")
+        if self._phase == "starting":
+            # Of a group that serves, the frontend watches this.
+            stopped = frozenset(m.name for m in self._members.values() if m.process.stopped())
+            if (loss := self._start_watch.observe(Observation({}, stopped), now)) is not None:
+                self._end_epoch(loss.cause)
+        if now >= self._quit_deadline:
+            self._quit_deadline = float("inf")
+            if self._members and not self._ending:
+                self._end_epoch(self._quit_cause())
         if self._stop_deadline is not None and now >= self._stop_deadline:
             for member in self._members.values():
                 member.process.kill()
@@ -151,6 +166,8 @@ class Supervisor:
         self._epoch = group_files.next_epoch(self._paths, self._group)
         self._phase, self._ready_at, self._ending = "starting", None, False
         self._start_deadline = time.monotonic() + self._plan.kevlar.start_timeout
+        self._quit_deadline = float("inf")
+        self._start_watch = EpochWatch(self._plan.kevlar, time.monotonic())
         for name, command in self._commands(self._epoch).items():
             member = Member(name, command)
             record(self._paths.processes, f"g{self._group}.{name}", member.process.identity)
@@ -231,6 +248,13 @@ class Supervisor:
                 self._exit_status = EXIT_FAILED_START
         self._report()
 
+    def _quit_cause(self) -> str:
+        for member in self._members.values():
+            if line := member.stderr.last_with("watchdog timeout"):
+                return f"{member.name}'s watchdog (--watchdog-timeout): {line}"
+        said = [f"{m.name}: {line}" for m in self._members.values() if (line := m.stderr.last_error())]
+        return " | ".join(["SIGQUIT, by which SGLang asks to end everything", *said])
+
     def _clean_up(self) -> None:
         if not end_recorded(self._paths, f"g{self._group}."):
             self._log("processes of an earlier epoch do not end")
@@ -291,8 +315,8 @@ class Supervisor:
             end.setblocking(False)
         signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
         self._wakeup_writer = theirs
-        # Not SIG_IGN, which the members would inherit. Upstream's scheduler sends SIGQUIT to its parent on an
-        # exception, to end the whole server: here its death is enough.
+        # Not SIG_IGN, which the members would inherit. Upstream's scheduler sends SIGQUIT to its parent to end the
+        # whole server: on an exception, after which it ends itself, and when its watchdog finds it stuck.
         signal.signal(signal.SIGQUIT, lambda *_: None)
         signal.signal(signal.SIGINT, lambda *_: None)
         signal.signal(signal.SIGTERM, lambda *_: None)
@@ -300,7 +324,10 @@ class Supervisor:
         return ours
 
     def _on_signal(self) -> None:
-        if signal.SIGTERM in self._wakeup.recv(64) and self._stop_deadline is None:
+        numbers = self._wakeup.recv(64)
+        if signal.SIGQUIT in numbers and self._members and not self._ending:
+            self._quit_deadline = min(self._quit_deadline, time.monotonic() + _QUIT_GRACE)
+        if signal.SIGTERM in numbers and self._stop_deadline is None:
             self._stop_deadline = time.monotonic() + _STOP_TIMEOUT
             self._ending = True
             self._phase, self._cause = "stopped", "shutdown"
@@ -317,7 +344,7 @@ def engine_commands(paths: Paths, plan: LaunchPlan, group: int) -> Commands:
 
     def commands(epoch: int) -> dict[str, list[str]]:
         common = ["--run-dir", paths.run_dir, "--group", str(group), "--epoch", str(epoch)]
-        port = ["--dist-port", str(_free_port())]
+        port = ["--dist-port", str(free_port(group, plan.kevlar.worker_groups, taken=(plan.port,)))]
         module = [sys.executable, "-m"]
         members = {
             f"rank{rank}": [*module, "sglang_kevlar.worker.rank", *common, *port, "--rank", str(rank)]
@@ -326,14 +353,6 @@ def engine_commands(paths: Paths, plan: LaunchPlan, group: int) -> Commands:
         return {**members, "detokenizer": [*module, "sglang_kevlar.worker.detokenizer", *common, *port]}
 
     return commands
-
-
-def _free_port() -> int:
-    """For the rendezvous of the ranks. It may be taken until they bind it; then this start fails, and the next is
-    with another one."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
 
 
 def main() -> int:
