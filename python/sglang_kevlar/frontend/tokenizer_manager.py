@@ -9,7 +9,7 @@ import os
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from typing import Any, TypeAlias
 
 import fastapi
@@ -43,9 +43,10 @@ from sglang_kevlar.frontend.fan_out import GroupCommunicator, GroupEpoch, reason
 from sglang_kevlar.frontend.host import BatchOutput, Host
 from sglang_kevlar.frontend.loads import GroupLoadReader
 from sglang_kevlar.frontend.monitor import GroupMonitor
-from sglang_kevlar.frontend.outcome import RequestOutcome, outcome_of
+from sglang_kevlar.frontend.outcome import Failure, RequestOutcome, outcome_of
 from sglang_kevlar.frontend.replay import RunTimeChanges, changes_weights
 from sglang_kevlar.frontend.shadows import ShadowReader
+from sglang_kevlar.frontend.wire_check import Unsendable, check_message, check_request
 from sglang_kevlar.observability.events import FailoverEvents
 from sglang_kevlar.observability.metrics import NoMetrics, PrometheusMetrics, forget_dead_processes
 from sglang_kevlar.protocol.launch import LaunchPlan, Paths
@@ -151,8 +152,10 @@ class KevlarTokenizerManager(TokenizerManager, Host):
 
     def _dispatch_to_scheduler(self, obj: Any) -> None:
         if isinstance(obj, TokenizedGenerateReqInput | TokenizedEmbeddingReqInput):
+            _check([obj])
             self.failover.submit(obj, _current_outcome.get(), _pinned_group.get())
         elif isinstance(obj, BatchTokenizedGenerateReqInput | BatchTokenizedEmbeddingReqInput):
+            _check(obj)
             for item in obj:
                 self.failover.submit(item, _current_outcome.get())
         elif isinstance(obj, AbortReq):
@@ -273,6 +276,10 @@ class KevlarTokenizerManager(TokenizerManager, Host):
 
     def _broadcast(self, obj: Any) -> set[GroupEpoch]:
         """Send to every group that serves; what changes them is remembered for those that start later."""
+        try:
+            check_message(obj)
+        except Unsendable as error:
+            raise fastapi.HTTPException(400, f"{type(obj).__name__}: {error}") from error
         self._changes.record(obj)
         channels = [channel for channel in self.failover.channels.values() if channel.up_to_date]
         weights = bool(channels) and changes_weights(obj)
@@ -415,3 +422,15 @@ class KevlarTokenizerManager(TokenizerManager, Host):
             task.cancel()
         self.failover.close()
         self.monitor.close()
+
+
+def _check(requests: Iterable[Any]) -> None:
+    """All of them, before any is submitted. Raises Unsendable, which is also the outcome of the HTTP request."""
+    try:
+        for request in requests:
+            check_request(request)
+    except Unsendable as error:
+        if (outcome := _current_outcome.get()) is not None:
+            # Upstream has begun a stream by now; as the outcome it becomes a proper error response.
+            outcome.fail(Failure(400, str(error), "invalid"))
+        raise

@@ -73,15 +73,23 @@ _IPC = (
     _seam("srt.managers.io_struct:sock_send", _FRONTEND, signature="socket obj flags"),
     _seam("srt.managers.io_struct:sock_recv", _FRONTEND, signature="socket flags"),
     _seam("srt.managers.io_struct:msgpack_decode", _FRONTEND, signature="data"),
+    _seam("srt.managers.io_struct:msgpack_encode", _FRONTEND, signature="obj"),
+    _seam("srt.utils.msgpack_utils:enc_hook", _FRONTEND, signature="obj"),
+    _seam("srt.utils.msgpack_utils:dec_hook", _FRONTEND, signature="tp obj"),
+    _seam("srt.utils.msgpack_utils:ext_hook", _FRONTEND, signature="code data"),
     _seam("srt.managers.io_struct:_USE_PICKLE_IPC", _FRONTEND),
     _seam("srt.managers.io_struct:BaseReq", _FRONTEND + _RANK, fields="rid"),
     _seam(
         "srt.managers.io_struct:TokenizedGenerateReqInput",
         _FRONTEND + _RANK,
         fields="rid input_ids sampling_params stream session_params input_embeds positional_embed_overrides mm_inputs "
-        "return_hidden_states lora_id extra_key cache_salt",
+        "return_hidden_states lora_id extra_key cache_salt time_stats",
     ),
-    _seam("srt.managers.io_struct:TokenizedEmbeddingReqInput", _FRONTEND + _RANK, fields="rid input_ids lora_id"),
+    _seam(
+        "srt.managers.io_struct:TokenizedEmbeddingReqInput",
+        _FRONTEND + _RANK,
+        fields="rid input_ids lora_id mm_inputs time_stats",
+    ),
     _seam("srt.managers.io_struct:BatchTokenizedGenerateReqInput", _FRONTEND + _RANK, fields="__iter__"),
     _seam("srt.managers.io_struct:BatchTokenizedEmbeddingReqInput", _FRONTEND + _RANK, fields="__iter__"),
     _seam("srt.managers.io_struct:AbortReq", _FRONTEND + _RANK, fields="rid finished_reason abort_message abort_all"),
@@ -123,7 +131,7 @@ _IPC = (
     _seam(
         "srt.sampling.sampling_params:SamplingParams",
         _FRONTEND + _RANK,
-        fields="stream_interval max_new_tokens beam_width",
+        fields="stream_interval max_new_tokens beam_width top_k min_new_tokens custom_params logit_bias",
     ),
 )
 
