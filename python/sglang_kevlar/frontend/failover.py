@@ -263,8 +263,8 @@ class Failover:
         channel.close()
         del self.channels[event.group]
         self._host.group_lost(event.group, event.epoch)
-        planned = event.kind == "operator"
-        entries = self.journal.fence(event.group, event.epoch, planned)
+        crashed_at = time.monotonic() if event.kind in ("exit", "report") else None
+        entries = self.journal.fence(event.group, event.epoch, event.kind == "operator", crashed_at)
         if not channel.up_to_date:
             # It never served: nothing failed over.
             logger.error(
@@ -346,7 +346,7 @@ class Failover:
     def _dispatch(self, request: InFlight, group: int) -> None:
         entry = request.entry
         channel = self.channels[group]
-        attempt = self.journal.begin_attempt(entry, group, channel.epoch)
+        attempt = self.journal.begin_attempt(entry, group, channel.epoch, time.monotonic())
         self.router.started(group, attempt.reserved_tokens, request.prompt, request.namespace)
         if entry.redirects:
             self.redirected.add(entry.rid)
