@@ -107,23 +107,29 @@ _IPC = (
     _seam("srt.managers.io_struct:GenerateReqInput", _FRONTEND, fields="rid input_ids sampling_params log_metrics"),
     _seam("srt.managers.io_struct:EmbeddingReqInput", _FRONTEND, fields="rid input_ids sampling_params log_metrics"),
     _seam("srt.managers.io_struct:PauseGenerationReqInput", _FRONTEND, fields="mode"),
-    _seam("srt.managers.io_struct:UpdateWeightFromDiskReqInput", _FRONTEND, fields="model_path load_format"),
+    _seam(
+        "srt.managers.io_struct:UpdateWeightFromDiskReqInput", _FRONTEND, fields="model_path load_format weight_version"
+    ),
     _seam(
         "srt.managers.io_struct:UpdateWeightFromDiskReqOutput", _FRONTEND, fields="success message num_paused_requests"
     ),
     _seam("srt.managers.io_struct:LoadLoRAAdapterReqInput", _FRONTEND, fields="lora_name"),
     _seam("srt.managers.io_struct:LoadLoRAAdapterFromTensorsReqInput", _FRONTEND, fields="lora_name"),
     _seam("srt.managers.io_struct:UnloadLoRAAdapterReqInput", _FRONTEND, fields="lora_name"),
+    _seam(
+        "srt.managers.io_struct:InitWeightsUpdateGroupReqInput", _FRONTEND, fields="rank_offset world_size group_name"
+    ),
+    _seam("srt.managers.io_struct:DestroyWeightsUpdateGroupReqInput", _FRONTEND, fields="group_name"),
+    _seam("srt.managers.io_struct:UpdateWeightsFromDistributedReqInput", _FRONTEND, fields="group_name"),
+    _seam("srt.managers.io_struct:UpdateWeightVersionReqInput", _FRONTEND, fields="new_version"),
     *(
         _seam(f"srt.managers.io_struct:{name}", _FRONTEND)
         for name in (
             "BeginWeightUpdateReqInput",
             "ContinueGenerationReqInput",
-            "InitWeightsUpdateGroupReqInput",
+            "EndWeightUpdateReqInput",
             "OpenSessionReqInput",
             "ShutdownReq",
-            "UpdateWeightVersionReqInput",
-            "UpdateWeightsFromDistributedReqInput",
             "UpdateWeightsFromIPCReqInput",
             "UpdateWeightsFromTensorReqInput",
         )
