@@ -12,7 +12,6 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Coroutine
-from http import HTTPStatus
 from typing import Any
 
 import zmq.asyncio
@@ -29,6 +28,7 @@ from sglang_kevlar.control.journal import Entry, Journal
 from sglang_kevlar.control.membership import Event, GroupLost, GroupReady, GroupSuspect, GroupTrusted
 from sglang_kevlar.control.routing import Router
 from sglang_kevlar.frontend.channels import ChannelFull, GroupChannel
+from sglang_kevlar.frontend.finish_reasons import is_internal_error, is_refused_resume
 from sglang_kevlar.frontend.host import BatchOutput, Host
 from sglang_kevlar.frontend.in_flight import InFlight, TextMismatch, TokenizedRequest, not_continuable
 from sglang_kevlar.frontend.outcome import Failure, RequestOutcome
@@ -379,7 +379,7 @@ class Failover:
             await self._outputs(channel, message)
         elif isinstance(message, AbortReq):
             entry = self.journal.accept(message.rid or "", channel.group, channel.epoch)
-            if entry is not None and self._refused_there(entry, message.finished_reason):
+            if entry is not None and is_refused_resume(entry, message.finished_reason):
                 self._refuse_resume(self.requests[entry.rid], message.finished_reason)
             elif entry is not None:
                 message.rid = entry.rid
@@ -405,7 +405,7 @@ class Failover:
                 batch.rids[i] = FENCED_RID
                 continue
             request = self.requests[entry.rid]
-            if self._refused_there(entry, batch.finished_reasons[i]):
+            if is_refused_resume(entry, batch.finished_reasons[i]):
                 refused.append((request, batch.finished_reasons[i]))
                 batch.rids[i] = FENCED_RID
                 continue
@@ -420,7 +420,7 @@ class Failover:
             if reason is not None:
                 request.ended = True
                 ended.append(entry)
-                if reason.get("type") == "abort" and reason.get("status_code") == 500:
+                if is_internal_error(reason):
                     self._internal_error(channel.group, channel.epoch)
         await self._host.deliver(batch)
         for entry in ended:
@@ -433,17 +433,6 @@ class Failover:
             self.send(channel, AbortReq(rid=attempt.wire_rid))
             differs = "the group that continued it decodes its earlier tokens to another text"
             self._refuse(request, Failure(500, f"request {request.entry.rid}: {differs}", "not_continuable"))
-
-    @staticmethod
-    def _refused_there(entry: Entry, reason: Any) -> bool:
-        """Whether the scheduler that was to continue this request said that it cannot (`worker.scheduler`)."""
-        return bool(
-            entry.redirects
-            and entry.delivered
-            and reason
-            and reason.get("type") == "abort"
-            and reason.get("status_code") == HTTPStatus.SERVICE_UNAVAILABLE
-        )
 
     def _refuse_resume(self, request: InFlight, reason: Any) -> None:
         attempt = request.entry.attempt
