@@ -52,6 +52,8 @@ class World:
         self.init = self.control.communicator("init", InitWeightsUpdateGroupReqOutput)
         self.live = self.control.communicator("live", UpdateWeightsFromDistributedReqOutput)
 
+    async def first_group(self) -> None: ...
+
     def plan_shadows(self, content: str | None = None) -> None: ...
 
     def send(self, channel: Any, message: Any) -> bool:

@@ -27,7 +27,9 @@ class Groups:
         self.disagreed: list[tuple[str, set[tuple[int, int]]]] = []
         self.undone: list[Any] = []
         self.disagreement_ends_them = False
-        self.ask = GroupCommunicator("do_it", self.send, self.disagree, self.nobody_did, timeout)
+        self.ask = GroupCommunicator("do_it", self.ready, self.send, self.disagree, self.nobody_did, timeout)
+
+    async def ready(self) -> None: ...
 
     def send(self, request: Any) -> set[tuple[int, int]]:
         self.sent.append(request)

@@ -56,7 +56,9 @@ class ControlRequests:
         self._awaited: tuple[Any, asyncio.Future[str | None]] | None = None
 
     def communicator(self, name: str, answer: type) -> GroupCommunicator:
-        made = GroupCommunicator(name, self.broadcast, self._disagree, self._nobody_did, self._timeout)
+        made = GroupCommunicator(
+            name, self._failover.first_group, self.broadcast, self._disagree, self._nobody_did, self._timeout
+        )
         self._communicators[answer] = made
         return made
 
@@ -101,6 +103,7 @@ class ControlRequests:
     async def update_weights_from_disk(self, request: UpdateWeightFromDiskReqInput) -> list[Any]:
         """As by the communicator; but when nobody serves because weights could not be replayed, these take their
         place, and the first group that starts says whether they can be loaded."""
+        await self._failover.first_group()
         if self._changes.not_replayable is None or any(c.up_to_date for c in self._failover.channels.values()):
             return list(await self._communicators[UpdateWeightFromDiskReqOutput](request))
         if self._awaited is not None:

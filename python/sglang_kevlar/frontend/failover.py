@@ -44,6 +44,8 @@ logger = logging.getLogger(__name__)
 FENCED_RID = f"{HEALTH_CHECK_RID_PREFIX}_FENCED"
 #: seconds a client is told to wait after a 503
 RETRY_AFTER = 5
+#: seconds that a control request waits for the first group, which is there but not yet known
+FIRST_GROUP_TIMEOUT = 10.0
 #: seconds between two looks at the hold queue's deadlines
 EXPIRY_TICK = 0.25
 
@@ -84,6 +86,7 @@ class Failover:
         self._turn = asyncio.Lock()
         self._inbox: asyncio.Queue[Event | BaseException] = asyncio.Queue()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._first_serves = asyncio.Event()
 
     # ---- requests in ---------------------------------------------------------------------------------------------
 
@@ -137,6 +140,12 @@ class Failover:
                     rid=attempt.wire_rid, finished_reason=abort.finished_reason, abort_message=abort.abort_message
                 )
                 self.send(self.channels[attempt.group], wire)
+
+    async def first_group(self) -> None:
+        """Right after the start of this process, wait (a little) for a group to be found."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0 if self._first_serves.is_set() else FIRST_GROUP_TIMEOUT):
+                await self._first_serves.wait()
 
     # ---- membership ----------------------------------------------------------------------------------------------
 
@@ -202,6 +211,7 @@ class Failover:
             return
         # Now, not in the turn: a change that is broadcast in between must reach it.
         channel.up_to_date = True
+        self._first_serves.set()
         async with self._turn:
             if channel.closed:
                 return

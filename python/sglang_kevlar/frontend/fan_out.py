@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from fastapi import HTTPException
@@ -22,15 +22,18 @@ class GroupCommunicator:
     def __init__(
         self,
         name: str,
+        ready: Callable[[], Awaitable[None]],
         send: Callable[[Any], set[GroupEpoch]],
         disagree: Callable[[Any, str, dict[GroupEpoch, str]], bool],
         nobody_did: Callable[[Any, str, dict[GroupEpoch, str]], None],
         timeout: float,
     ) -> None:
-        """``send`` returns to whom it sent. ``disagree`` is told which groups failed, and why, when others did not;
-        it returns whether they are out of service now, so that the others' answer is the answer. ``nobody_did`` is
-        told of a request that no group is known to have done, and of those that failed."""
+        """``ready`` is awaited before ``send``, which returns to whom it sent. ``disagree`` is told which groups
+        failed, and why, when others did not; it returns whether they are out of service now, so that the others'
+        answer is the answer. ``nobody_did`` is told of a request that no group is known to have done, and of those
+        that failed."""
         self._name = name
+        self._ready = ready
         self._send = send
         self._disagree = disagree
         self._nobody_did = nobody_did
@@ -57,6 +60,7 @@ class GroupCommunicator:
 
     async def _ask(self, request: Any) -> list[Any]:
         async with self._one_at_a_time:
+            await self._ready()
             self._answers = {}
             self._expected = self._send(request)
             if not self._expected:

@@ -106,6 +106,15 @@ class KevlarTokenizerManager(TokenizerManager, Host):
         for name, answer in [*specs, ("update_weights_from_disk", UpdateWeightFromDiskReqOutput)]:
             setattr(self, f"{name}_communicator", self._control.communicator(name, answer))
 
+    def auto_create_handle_loop(self) -> None:
+        """Upstream's, at the first call of any kind. A later call from another event loop would wait for ever."""
+        if self.event_loop is not None and asyncio.get_running_loop() is not self.event_loop:
+            raise RuntimeError(
+                "this Engine belongs to the event loop of its first call, and was called from another one: make all "
+                "calls from one asyncio.run(...), or all of them without one"
+            )
+        super().auto_create_handle_loop()
+
     async def handle_loop(self) -> None:
         if self._changes.inherited:
             await self._take_over_changes()

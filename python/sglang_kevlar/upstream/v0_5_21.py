@@ -175,6 +175,7 @@ _FRONTEND_SEAMS = (
         _FRONTEND,
         fields="tokenizer_manager loop shutdown",
     ),
+    *_methods("srt.entrypoints.engine:Engine", _FRONTEND, _serialize_tensors_per_rank="tensors load_format"),
     _seam("srt.entrypoints.engine:SchedulerInitResult", _FRONTEND, passes="scheduler_infos wait_for_ready"),
     _seam(
         "srt.entrypoints.engine:init_tokenizer_manager",
@@ -187,7 +188,7 @@ _FRONTEND_SEAMS = (
         passes="server_args port_args",
         fields="_result_dispatcher rid_to_state asyncio_tasks gracefully_exit server_status last_receive_tstamp "
         "is_generation enable_metrics load_snapshot_reader recv_from_detokenizer send_to_scheduler "
-        "tokenizer_ipc_name _server_stop_hook",
+        "tokenizer_ipc_name event_loop _server_stop_hook",
     ),
     *_methods(
         _TOKENIZER_MANAGER,
@@ -197,6 +198,7 @@ _FRONTEND_SEAMS = (
         handle_loop="",
         generate_request="obj request",
         _dispatch_to_scheduler="obj",
+        auto_create_handle_loop="",
         _async_dispatch_to_scheduler="obj",
         open_session="obj request",
         update_request_meta_info="meta_info state customized_info index finish_reason",
@@ -207,7 +209,6 @@ _FRONTEND_SEAMS = (
     _seam(_TOKENIZER_MANAGER + "._handle_abort_req", _FRONTEND, signature="self recv_obj"),
     _seam(_TOKENIZER_MANAGER + "._update_model_path_info", _FRONTEND, signature="self model_path load_format"),
     _seam(_TOKENIZER_MANAGER + ".config_value", _FRONTEND, signature="self name"),
-    _seam(_TOKENIZER_MANAGER + ".auto_create_handle_loop", _FRONTEND, signature="self"),
     _seam("srt.managers.tokenizer_manager:ReqState.get_text", _FRONTEND, signature="self"),
     _seam("srt.managers.tokenizer_manager:ServerStatus", _FRONTEND, fields="Starting"),
     _seam("srt.managers.tokenizer_control_mixin:_COMMUNICATOR_SPECS", _FRONTEND),
