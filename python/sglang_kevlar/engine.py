@@ -51,14 +51,9 @@ class Engine(GroupsEngine):
         self._start_groups(to_flags(kwargs))
         try:
             super().__init__(server_args=load_upstream(type(self).plan))
-            # The groups are followed from the first moment, not from the first request on.
-            self.loop.run_until_complete(self._follow_groups())
         except BaseException:
             self._stop_groups()
             raise
-
-    async def _follow_groups(self) -> None:
-        self.tokenizer_manager.auto_create_handle_loop()
 
     def _start_groups(self, flags: list[str]) -> None:
         config.split_args(flags)  # errors of our own flags, here rather than in a child
@@ -110,6 +105,8 @@ def to_flags(arguments: dict[str, Any]) -> list[str]:
         flag = "--" + name.replace("_", "-")
         if value is None or value is False:
             continue
+        if name == "lora_paths":
+            value = _adapters(value)
         if value is True:
             flags.append(flag)
         elif isinstance(value, dict):
@@ -119,3 +116,10 @@ def to_flags(arguments: dict[str, Any]) -> list[str]:
         else:
             flags += [flag, str(value)]
     return flags
+
+
+def _adapters(paths: Any) -> list[str]:
+    """Values of ``--lora-paths``: from a dict of paths by name, or a list of ``path``, ``name=path`` and dicts."""
+    if isinstance(paths, dict):
+        paths = [{"lora_name": name, "lora_path": path} for name, path in paths.items()]
+    return [json.dumps(adapter) if isinstance(adapter, dict) else str(adapter) for adapter in paths]

@@ -147,6 +147,7 @@ def test_with_no_group_requests_wait_and_then_end_clearly(server: Server) -> Non
 def test_bad_requests_during_a_failover(server: Server) -> None:
     """A client's mistake is the client's, whatever else is going on; nothing accepted is lost by it."""
     server.wait_ready()
+    failovers = len(server.status()["failovers"])
     expected = CASE.run(server.url)
     with ThreadPoolExecutor(8) as pool:
         running = [pool.submit(CASE.run, server.url) for _ in range(4)]
@@ -155,6 +156,12 @@ def test_bad_requests_during_a_failover(server: Server) -> None:
             post(server, "/generate", text=PROMPT, sampling_params={"temperature": -1}),
             post(server, "/generate", text=PROMPT, sampling_params={"max_new_tokens": 10**9}),
             post(server, "/generate", sampling_params={}),
+            # Each of these would end every scheduler it reaches, or this frontend.
+            post(server, "/generate", text=PROMPT, sampling_params={"regex": 5}),
+            post(server, "/generate", text=PROMPT, sampling_params={"top_k": 2**40}, stream=True),
+            post(server, "/generate", text=[PROMPT, PROMPT], sampling_params={"top_k": 10**30}),
+            post(server, "/generate", text=PROMPT, sampling_params={"max_new_tokens": 5.5, "n": 2}),
+            post(server, "/generate", text=PROMPT, rid="HEALTH_CHECK_mine"),
             post(server, "/v1/completions", model="m", prompt=PROMPT, max_tokens="many"),
             post(server, "/generate", text=PROMPT, lora_path="never-loaded"),
             httpx.post(f"{server.url}/generate", content=b"{not json", timeout=30),
@@ -162,6 +169,7 @@ def test_bad_requests_during_a_failover(server: Server) -> None:
         answers = [one.result() for one in running]
     assert [response.status_code // 100 for response in bad] == [4] * len(bad), [r.text[:200] for r in bad]
     assert [expected.difference(answer) for answer in answers] == [None] * 4
+    assert len(server.status()["failovers"]) == failovers + 1
 
 
 @pytest.mark.timeout(600)

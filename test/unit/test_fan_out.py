@@ -26,18 +26,25 @@ class Groups:
         self.sent: list[Any] = []
         self.disagreed: list[tuple[str, set[tuple[int, int]]]] = []
         self.undone: list[Any] = []
-        self.ask = GroupCommunicator("do_it", self.send, self.disagree, self.undone.append, timeout)
+        self.disagreement_ends_them = False
+        self.ask = GroupCommunicator("do_it", self.ready, self.send, self.disagree, self.nobody_did, timeout)
+
+    async def ready(self) -> None: ...
 
     def send(self, request: Any) -> set[tuple[int, int]]:
         self.sent.append(request)
         return set(self.members)
 
-    def disagree(self, request: Any, name: str, failed: dict[tuple[int, int], Any]) -> None:
+    def disagree(self, request: Any, name: str, failed: dict[tuple[int, int], str]) -> bool:
         self.disagreed.append((name, set(failed)))
+        return self.disagreement_ends_them
+
+    def nobody_did(self, request: Any, name: str, failed: dict[tuple[int, int], str]) -> None:
+        self.undone.append((request, set(failed)))
 
     async def call(self, request: Any, *answers: tuple[tuple[int, int], Any]) -> list[Any]:
         call = asyncio.ensure_future(self.ask(request))
-        await asyncio.sleep(0)
+        await asyncio.sleep(0.001)
         for member, answer in answers:
             self.ask.on_answer(member, answer)
         return await call
@@ -59,7 +66,7 @@ def test_no_group_serves():
         with pytest.raises(HTTPException) as raised:
             await groups.ask("x")
         assert raised.value.status_code == 503 and "do_it" in raised.value.detail
-        assert groups.undone == ["x"]
+        assert groups.undone == [("x", set())]
 
     asyncio.run(main())
 
@@ -89,15 +96,19 @@ def test_a_late_answer_is_not_taken_for_the_next_request_s():
     asyncio.run(main())
 
 
-def test_a_caller_that_leaves_owes_nothing_to_the_next():
+def test_what_the_groups_did_is_compared_also_when_the_caller_leaves():
     async def main() -> None:
-        groups = Groups(A)
+        groups = Groups(A, B)
         call = asyncio.ensure_future(groups.ask("x"))
-        await asyncio.sleep(0)
+        await asyncio.sleep(0.01)
         call.cancel()
-        await asyncio.sleep(0)
-        (answer,) = await groups.call("y", (A, Answer(who="to x")), (A, Answer(who="to y")))
-        assert answer.who == "to y"
+        await asyncio.sleep(0.01)
+        groups.ask.on_answer(A, Answer(who="to x"))
+        groups.ask.on_answer(B, Answer(success=False))
+        await asyncio.sleep(0.01)
+        assert groups.disagreed == [("do_it", {B})]
+        answers = await groups.call("y", (A, Answer(who="to y")), (B, Answer(who="to y")))
+        assert [answer.who for answer in answers] == ["to y", "to y"]
 
     asyncio.run(main())
 
@@ -119,7 +130,7 @@ def test_a_group_lost_meanwhile_is_not_waited_for():
     async def main() -> None:
         groups = Groups(A, B)
         call = asyncio.ensure_future(groups.ask("x"))
-        await asyncio.sleep(0)
+        await asyncio.sleep(0.001)
         groups.ask.on_answer(A, Answer(who="a"))
         groups.ask.on_group_lost(B)
         assert [answer.who for answer in await call] == ["a"]
@@ -131,7 +142,7 @@ def test_an_answer_of_a_group_that_was_lost_afterwards_does_not_count():
     async def main() -> None:
         groups = Groups(A, B)
         call = asyncio.ensure_future(groups.ask("x"))
-        await asyncio.sleep(0)
+        await asyncio.sleep(0.001)
         groups.ask.on_answer(B, Answer(success=False))
         groups.ask.on_group_lost(B)
         groups.ask.on_answer(A, Answer(who="a"))
@@ -145,11 +156,12 @@ def test_all_groups_lost():
     async def main() -> None:
         groups = Groups(A)
         call = asyncio.ensure_future(groups.ask("x"))
-        await asyncio.sleep(0)
+        await asyncio.sleep(0.001)
         groups.ask.on_group_lost(A)
         with pytest.raises(HTTPException) as raised:
             await call
         assert raised.value.status_code == 503 and "lost" in raised.value.detail
+        assert groups.undone == [("x", set())]  # or every group that starts would be sent what ended them
 
     asyncio.run(main())
 
@@ -174,11 +186,40 @@ def test_failures_come_first_and_a_disagreement_is_told():
     asyncio.run(main())
 
 
+@dataclass
+class Said(Answer):
+    message: str = "fine"
+
+
+def test_where_those_that_failed_start_again_the_others_answer_for_all():
+    async def main() -> None:
+        groups = Groups(A, B, timeout=0.05)
+        groups.disagreement_ends_them = True
+        (answer,) = await groups.call("x", (A, Said()), (B, Said(success=False, message="no disk")))
+        assert answer.success and answer.message == "fine (worker group 1 failed and starts again: no disk)"
+        (answer,) = await groups.call("y", (B, Said()))
+        assert answer.success and "worker group 0 failed and starts again: no answer within" in answer.message
+        assert groups.disagreed == [("do_it", {B}), ("do_it", {A})] and not groups.undone
+
+    asyncio.run(main())
+
+
+def test_a_failure_and_a_silence_are_nobody_s_doing():
+    async def main() -> None:
+        groups = Groups(A, B, timeout=0.05)
+        with pytest.raises(HTTPException) as raised:
+            await groups.call("x", (A, Answer(success=False)))
+        assert raised.value.status_code == 504
+        assert not groups.disagreed and groups.undone == [("x", {A, B})]
+
+    asyncio.run(main())
+
+
 def test_what_all_refuse_is_no_disagreement_and_undone():
     async def main() -> None:
         groups = Groups(A, B)
         answers = await groups.call("x", (A, Answer(success=False)), (B, Answer(success=False)))
-        assert len(answers) == 2 and not groups.disagreed and groups.undone == ["x"]
+        assert len(answers) == 2 and not groups.disagreed and groups.undone == [("x", {A, B})]
 
     asyncio.run(main())
 

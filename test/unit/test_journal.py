@@ -138,6 +138,35 @@ def test_a_request_that_only_waited_is_not_suspected(journal):
         assert journal.refusal(entry) is None
 
 
+def crash(journal: Journal, entry: Entry, group: int, after: float):
+    """The group ends by itself, ``after`` seconds after it was sent the request, which it did not begin to run."""
+    if entry.attempt is None:
+        journal.begin_attempt(entry, group, 1, now=100.0)
+    sent_at = entry.attempt.sent_at
+    journal.fence(entry.attempt.group, entry.attempt.epoch, crashed_at=sent_at + after)
+    return journal.refusal(entry)
+
+
+def test_a_request_that_ends_whatever_receives_it_is_poison_too_one_death_later(journal):
+    entry = running(journal)
+    assert crash(journal, entry, 0, 0.1) is None
+    assert crash(journal, entry, 1, 0.1) is None
+    refusal = crash(journal, entry, 0, 0.1)
+    assert refusal.kind == "poison" and "request a" in refusal.message and "0, 1, 0" in refusal.message
+
+
+@pytest.mark.parametrize("after", [0.0001, 60.0])
+def test_deaths_at_once_or_long_after_arrival_are_not_held_against_what_waits(journal, after):
+    entry = running(journal)
+    assert [crash(journal, entry, group, after) for group in range(ARGS.max_redirects)] == [None] * ARGS.max_redirects
+
+
+def test_what_some_group_began_to_run_is_not_suspected_by_its_arrival(journal):
+    entry = running(journal)
+    assert lose(journal, entry, 0) is None
+    assert [crash(journal, entry, group, 0.1) for group in (1, 0)] == [None, None]
+
+
 def test_progress_clears_the_suspicion_and_an_empty_delivery_does_not(journal):
     entry = running(journal)
     lose(journal, entry, 0)

@@ -108,7 +108,6 @@ def test_what_no_group_did_is_taken_back():
     changes.retract(bad)
     assert changes.replay() == [good, adapter]
     changes.retract(bad)
-    changes.retract(good)  # not the last change
     assert changes.replay() == [good, adapter]
 
     live = distributed()
@@ -120,3 +119,43 @@ def test_what_no_group_did_is_taken_back():
     changes.record(failed)
     changes.retract(failed)
     assert changes.replay() == [good, adapter]
+
+
+def test_what_is_taken_back_takes_nothing_else_with_it():
+    """Changes of different kinds overlap: one may fail after the next was recorded."""
+    good, bad, adapter, other = disk("/good"), disk("/bad"), load("a"), load("b")
+    changes = after(good, adapter, bad, other)
+    content = changes.content
+    changes.retract(adapter)
+    assert changes.replay() == [bad, other] and changes.content == content
+    changes.retract(bad)
+    assert changes.replay() == [good, other] and changes.content != content
+
+    live, weights = distributed(), disk("/w")
+    changes = after(live, weights)
+    changes.retract(weights)
+    assert changes.not_replayable is not None
+    changes.retract(live)
+    assert changes.not_replayable is None
+
+
+def test_old_changes_stay_although_they_can_no_longer_be_taken_back():
+    first = load("first")
+    changes = after(first, *(load(f"a{i}") for i in range(100)))
+    assert len(changes.replay()) == 101
+    changes.retract(first)
+    assert changes.replay()[0] is first
+
+
+def test_the_weight_version_is_the_last_one_named():
+    named = UpdateWeightFromDiskReqInput(model_path="/w", weight_version="disk")
+    assert after(version("old"), named).weight_version == "disk"
+    assert after(version("old"), named).replay() == [named]
+    assert after(named, version("new")).weight_version == "new"
+    assert after(version("kept"), disk("/unnamed")).weight_version == "kept"
+    live = UpdateWeightsFromDistributedReqInput(names=[], dtypes=[], shapes=[], weight_version="live")
+    assert after(named, live).weight_version == "live"
+    # The weights on disk have no name of their own, so a group that starts has to be told.
+    unnamed = disk("/later")
+    (weights, told) = after(live, unnamed).replay()
+    assert weights is unnamed and told.new_version == "live"

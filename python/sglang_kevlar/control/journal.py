@@ -24,6 +24,10 @@ WIRE_SEPARATOR = "~"
 #: at most this many of a request's future tokens are counted as load: most requests end before their limit
 RESERVE_NEW_TOKENS = 512
 
+#: a group that dies by itself this many seconds after a request was sent to it, and has not begun to run it, may have
+#: died of taking it in. Sooner than that no scheduler dies of a request: several groups were killed at once.
+INTAKE_DEATH = (0.005, 2.0)
+
 RefusalKind = Literal["poison", "redirect_limit", "not_continuable", "weights"]
 
 
@@ -36,6 +40,7 @@ class Attempt:
     epoch: int
     #: KV tokens counted against the group while it runs there
     reserved_tokens: int
+    sent_at: float
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,10 @@ class Entry:
     input_logprobs_sent: bool = False
     #: groups that died while they ran this request, since its last delivered token
     deaths_without_progress: list[int] = field(default_factory=list)
+    #: some group began to run it, so taking it in kills nobody
+    ever_started: bool = False
+    #: groups that died shortly after they were sent this request, while no group had begun to run it
+    intake_deaths: list[int] = field(default_factory=list)
 
     @property
     def context_tokens(self) -> int:
@@ -118,7 +127,7 @@ class Journal:
         self._entries[rid] = entry
         return entry
 
-    def begin_attempt(self, entry: Entry, group: int, epoch: int) -> Attempt:
+    def begin_attempt(self, entry: Entry, group: int, epoch: int, now: float = 0.0) -> Attempt:
         """The request goes to ``(group, epoch)``. It must not be anywhere else."""
         assert self._entries.get(entry.rid) is entry, f"request {entry.rid} is not open"
         assert entry.attempt is None, f"request {entry.rid} already runs on group {entry.attempt}"
@@ -127,7 +136,7 @@ class Journal:
         end = MOVED if entry.redirects else ";"
         wire_rid = f"{entry.rid}{WIRE_SEPARATOR}{self._incarnation}.{self._next_attempt}{end}"
         entry.started = False
-        entry.attempt = Attempt(wire_rid, group, epoch, entry.reserved_tokens)
+        entry.attempt = Attempt(wire_rid, group, epoch, entry.reserved_tokens, now)
         if not entry.delivered:
             entry.weights = self.weights
         self._by_wire[wire_rid] = entry
@@ -151,6 +160,7 @@ class Journal:
             entry.started = True
             entry.delivered.extend(tokens)
             entry.deaths_without_progress.clear()
+            entry.intake_deaths.clear()
 
     def close(self, rid: str) -> Entry | None:
         """The request ended, however. None when it was not open (a second end of the same request)."""
@@ -159,12 +169,12 @@ class Journal:
             self._end_attempt(entry)
         return entry
 
-    def fence(self, group: int, epoch: int, planned: bool = False) -> list[Entry]:
+    def fence(self, group: int, epoch: int, planned: bool = False, crashed_at: float | None = None) -> list[Entry]:
         """End every attempt on ``(group, epoch)``. Returns their requests, longest context first.
 
         That order loses the least when there is not room for all: the longest cost most to compute again.
-        Only those it had begun to run are suspected of its death, and none when that was ``planned`` (drain, restart
-        by an operator).
+        Those it had begun to run are suspected of its death, and, of a process that ended by itself (``crashed_at``),
+        those it had just been sent; none when that was ``planned`` (drain, restart by an operator).
         """
         lost = [
             entry
@@ -172,10 +182,19 @@ class Journal:
             if entry.attempt is not None and (entry.attempt.group, entry.attempt.epoch) == (group, epoch)
         ]
         for entry in lost:
+            assert entry.attempt is not None
+            sent_at = entry.attempt.sent_at
             self._end_attempt(entry)
             entry.redirects += 1
-            if entry.started and not planned:
+            entry.ever_started |= entry.started
+            if planned:
+                continue
+            if entry.started:
                 entry.deaths_without_progress.append(group)
+            elif not entry.ever_started and crashed_at is not None:
+                soonest, latest = INTAKE_DEATH
+                if soonest <= crashed_at - sent_at <= latest:
+                    entry.intake_deaths.append(group)
         lost.sort(key=lambda entry: entry.context_tokens, reverse=True)
         return lost
 
@@ -189,6 +208,14 @@ class Journal:
                 "poison",
                 f"request {rid}: worker groups {groups} died one after the other while running it, with no token "
                 f"delivered in between; it is not given to another group",
+            )
+        # One more than above: it is weaker evidence, and everything else that just arrived shares it.
+        if len(deaths) + len(entry.intake_deaths) > args.poison_deaths:
+            groups = ", ".join(str(group) for group in (*entry.intake_deaths, *deaths))
+            return Refusal(
+                "poison",
+                f"request {rid}: worker groups {groups} died one after the other as soon as they were given it; it is "
+                f"not given to another group",
             )
         if entry.redirects > args.max_redirects:
             return Refusal("redirect_limit", f"request {rid}: moved {args.max_redirects} times, the limit")

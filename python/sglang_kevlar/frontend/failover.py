@@ -12,7 +12,6 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Coroutine
-from http import HTTPStatus
 from typing import Any
 
 import zmq.asyncio
@@ -29,6 +28,7 @@ from sglang_kevlar.control.journal import Entry, Journal
 from sglang_kevlar.control.membership import Event, GroupLost, GroupReady, GroupSuspect, GroupTrusted
 from sglang_kevlar.control.routing import Router
 from sglang_kevlar.frontend.channels import ChannelFull, GroupChannel
+from sglang_kevlar.frontend.finish_reasons import is_internal_error, is_refused_resume
 from sglang_kevlar.frontend.host import BatchOutput, Host
 from sglang_kevlar.frontend.in_flight import InFlight, TextMismatch, TokenizedRequest, not_continuable
 from sglang_kevlar.frontend.outcome import Failure, RequestOutcome
@@ -44,6 +44,8 @@ logger = logging.getLogger(__name__)
 FENCED_RID = f"{HEALTH_CHECK_RID_PREFIX}_FENCED"
 #: seconds a client is told to wait after a 503
 RETRY_AFTER = 5
+#: seconds that a control request waits for the first group, which is there but not yet known
+FIRST_GROUP_TIMEOUT = 10.0
 #: seconds between two looks at the hold queue's deadlines
 EXPIRY_TICK = 0.25
 
@@ -84,6 +86,7 @@ class Failover:
         self._turn = asyncio.Lock()
         self._inbox: asyncio.Queue[Event | BaseException] = asyncio.Queue()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._first_serves = asyncio.Event()
 
     # ---- requests in ---------------------------------------------------------------------------------------------
 
@@ -137,6 +140,12 @@ class Failover:
                     rid=attempt.wire_rid, finished_reason=abort.finished_reason, abort_message=abort.abort_message
                 )
                 self.send(self.channels[attempt.group], wire)
+
+    async def first_group(self) -> None:
+        """Right after the start of this process, wait (a little) for a group to be found."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0 if self._first_serves.is_set() else FIRST_GROUP_TIMEOUT):
+                await self._first_serves.wait()
 
     # ---- membership ----------------------------------------------------------------------------------------------
 
@@ -202,6 +211,7 @@ class Failover:
             return
         # Now, not in the turn: a change that is broadcast in between must reach it.
         channel.up_to_date = True
+        self._first_serves.set()
         async with self._turn:
             if channel.closed:
                 return
@@ -263,8 +273,8 @@ class Failover:
         channel.close()
         del self.channels[event.group]
         self._host.group_lost(event.group, event.epoch)
-        planned = event.kind == "operator"
-        entries = self.journal.fence(event.group, event.epoch, planned)
+        crashed_at = time.monotonic() if event.kind in ("exit", "report") else None
+        entries = self.journal.fence(event.group, event.epoch, event.kind == "operator", crashed_at)
         if not channel.up_to_date:
             # It never served: nothing failed over.
             logger.error(
@@ -346,7 +356,7 @@ class Failover:
     def _dispatch(self, request: InFlight, group: int) -> None:
         entry = request.entry
         channel = self.channels[group]
-        attempt = self.journal.begin_attempt(entry, group, channel.epoch)
+        attempt = self.journal.begin_attempt(entry, group, channel.epoch, time.monotonic())
         self.router.started(group, attempt.reserved_tokens, request.prompt, request.namespace)
         if entry.redirects:
             self.redirected.add(entry.rid)
@@ -379,7 +389,7 @@ class Failover:
             await self._outputs(channel, message)
         elif isinstance(message, AbortReq):
             entry = self.journal.accept(message.rid or "", channel.group, channel.epoch)
-            if entry is not None and self._refused_there(entry, message.finished_reason):
+            if entry is not None and is_refused_resume(entry, message.finished_reason):
                 self._refuse_resume(self.requests[entry.rid], message.finished_reason)
             elif entry is not None:
                 message.rid = entry.rid
@@ -405,7 +415,7 @@ class Failover:
                 batch.rids[i] = FENCED_RID
                 continue
             request = self.requests[entry.rid]
-            if self._refused_there(entry, batch.finished_reasons[i]):
+            if is_refused_resume(entry, batch.finished_reasons[i]):
                 refused.append((request, batch.finished_reasons[i]))
                 batch.rids[i] = FENCED_RID
                 continue
@@ -420,7 +430,7 @@ class Failover:
             if reason is not None:
                 request.ended = True
                 ended.append(entry)
-                if reason.get("type") == "abort" and reason.get("status_code") == 500:
+                if is_internal_error(reason):
                     self._internal_error(channel.group, channel.epoch)
         await self._host.deliver(batch)
         for entry in ended:
@@ -433,17 +443,6 @@ class Failover:
             self.send(channel, AbortReq(rid=attempt.wire_rid))
             differs = "the group that continued it decodes its earlier tokens to another text"
             self._refuse(request, Failure(500, f"request {request.entry.rid}: {differs}", "not_continuable"))
-
-    @staticmethod
-    def _refused_there(entry: Entry, reason: Any) -> bool:
-        """Whether the scheduler that was to continue this request said that it cannot (`worker.scheduler`)."""
-        return bool(
-            entry.redirects
-            and entry.delivered
-            and reason
-            and reason.get("type") == "abort"
-            and reason.get("status_code") == HTTPStatus.SERVICE_UNAVAILABLE
-        )
 
     def _refuse_resume(self, request: InFlight, reason: Any) -> None:
         attempt = request.entry.attempt

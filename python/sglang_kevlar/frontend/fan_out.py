@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from fastapi import HTTPException
@@ -22,14 +22,18 @@ class GroupCommunicator:
     def __init__(
         self,
         name: str,
+        ready: Callable[[], Awaitable[None]],
         send: Callable[[Any], set[GroupEpoch]],
-        disagree: Callable[[Any, str, dict[GroupEpoch, str]], None],
-        nobody_did: Callable[[Any], None],
+        disagree: Callable[[Any, str, dict[GroupEpoch, str]], bool],
+        nobody_did: Callable[[Any, str, dict[GroupEpoch, str]], None],
         timeout: float,
     ) -> None:
-        """``send`` returns to whom it sent; ``disagree`` is told which groups failed, and why, when others did not;
-        ``nobody_did`` of a request that no group accepted."""
+        """``ready`` is awaited before ``send``, which returns to whom it sent. ``disagree`` is told which groups
+        failed, and why, when others did not; it returns whether they are out of service now, so that the others'
+        answer is the answer. ``nobody_did`` is told of a request that no group is known to have done, and of those
+        that failed."""
         self._name = name
+        self._ready = ready
         self._send = send
         self._disagree = disagree
         self._nobody_did = nobody_did
@@ -49,11 +53,18 @@ class GroupCommunicator:
 
         Raises HTTPException 503 when no group serves or none is left, 504 naming the groups that did not answer.
         """
+        # It goes on when the caller leaves: what the groups did has to be compared all the same.
+        asking = asyncio.ensure_future(self._ask(request))
+        asking.add_done_callback(lambda task: task.cancelled() or task.exception())
+        return await asyncio.shield(asking)
+
+    async def _ask(self, request: Any) -> list[Any]:
         async with self._one_at_a_time:
+            await self._ready()
             self._answers = {}
             self._expected = self._send(request)
             if not self._expected:
-                self._nobody_did(request)
+                self._nobody_did(request, self._name, {})
                 raise HTTPException(503, f"{self._name}: no worker group serves")
             try:
                 async with asyncio.timeout(self._timeout):
@@ -61,25 +72,34 @@ class GroupCommunicator:
                         self._changed.clear()
                         await self._changed.wait()
             except TimeoutError:
-                silent = sorted(self._expected - self._answers.keys())
-                # Whatever they answer later, nobody will compare it with what the others did.
-                self._disagree(request, self._name, dict.fromkeys(silent, f"no answer within {self._timeout:g} s"))
-                missing = ", ".join(str(group) for group, _ in silent)
-                raise HTTPException(
-                    504, f"{self._name}: worker group {missing} did not answer within {self._timeout:g} s"
-                ) from None
+                pass
             finally:
                 expected, self._expected = self._expected, set()
-                self._owed.update(expected - self._answers.keys())
-            if not expected:
-                raise HTTPException(503, f"{self._name}: the worker groups were lost before they answered")
-            answers = {member: self._answers[member] for member in sorted(expected)}
-            failed = {member: answer for member, answer in answers.items() if not getattr(answer, "success", True)}
-            if len(failed) == len(answers):
-                self._nobody_did(request)
-            elif failed:
-                self._disagree(request, self._name, {member: reason_of(answer) for member, answer in failed.items()})
-            return [*failed.values(), *(answer for member, answer in answers.items() if member not in failed)]
+                silent = sorted(expected - self._answers.keys())
+                self._owed.update(silent)
+            answers = {member: self._answers[member] for member in sorted(expected) if member in self._answers}
+        return self._result(request, answers, silent)
+
+    def _result(self, request: Any, answers: dict[GroupEpoch, Any], silent: list[GroupEpoch]) -> list[Any]:
+        """Of the groups that are left: their answers, and those that did not answer in time."""
+        did = {member: answer for member, answer in answers.items() if getattr(answer, "success", True)}
+        failed = [answer for member, answer in answers.items() if member not in did]
+        why = {member: reason_of(answer) for member, answer in answers.items() if member not in did}
+        # Whatever they answer later, nobody will compare it with what the others did.
+        why |= dict.fromkeys(silent, f"no answer within {self._timeout:g} s")
+        if not did:
+            self._nobody_did(request, self._name, why)
+        elif why and self._disagree(request, self._name, why):
+            said = "; ".join(
+                f"worker group {group} failed and starts again: {reason}" for (group, _), reason in why.items()
+            )
+            return _noted([*did.values()], said)
+        if silent:
+            missing = ", ".join(str(group) for group, _ in silent)
+            raise HTTPException(504, f"{self._name}: worker group {missing} did not answer within {self._timeout:g} s")
+        if not answers:
+            raise HTTPException(503, f"{self._name}: the worker groups were lost before they answered")
+        return [*failed, *did.values()]
 
     def on_answer(self, member: GroupEpoch, answer: Any) -> None:
         if self._owed[member]:
@@ -97,3 +117,10 @@ class GroupCommunicator:
 def reason_of(answer: Any) -> str:
     """What a failed answer says; upstream's answers have one of two names for it."""
     return getattr(answer, "message", None) or getattr(answer, "error_message", "") or "no reason given"
+
+
+def _noted(answers: list[Any], note: str) -> list[Any]:
+    for answer in answers[:1]:
+        if isinstance(getattr(answer, "message", None), str):
+            answer.message = f"{answer.message} ({note})"
+    return answers

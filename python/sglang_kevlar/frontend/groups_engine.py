@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import pickle
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
+import torch
 from sglang.srt.entrypoints.engine import Engine, SchedulerInitResult, init_tokenizer_manager
 from sglang.srt.server_args import PortArgs, ServerArgs
 
@@ -58,6 +60,17 @@ class GroupsEngine(Engine):  # type: ignore[misc]
     ) -> tuple[list[Any], list[str]]:
         # No processes: upstream's watchdog, which ends the server with them, has nothing to watch.
         return [], []
+
+    def _serialize_tensors_per_rank(self, tensors: Any, load_format: str | None) -> list[bytes]:
+        """CPU tensors by value: upstream's handles to them can be opened once, and only by our own children."""
+        named = tensors.items() if isinstance(tensors, dict) else tensors
+        if load_format == "flattened_bucket" or not all(_is_on_cpu(tensor) for _, tensor in named):
+            return list(super()._serialize_tensors_per_rank(tensors, load_format))
+        return [pickle.dumps(tensors, pickle.HIGHEST_PROTOCOL)] * type(self).plan.tp_size
+
+
+def _is_on_cpu(tensor: Any) -> bool:
+    return isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu"
 
 
 @contextlib.contextmanager

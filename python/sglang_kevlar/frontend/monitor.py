@@ -95,6 +95,8 @@ class GroupMonitor:
 
     def close(self) -> None:
         """Stop watching. Groups live on, for the next frontend; only an epoch already fenced is killed."""
+        if not self._tasks:
+            return  # never started
         for task in self._tasks:
             task.cancel()
         for group, watched in enumerate(self._watched):

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 #: why a request is refused or ended; also the `kind` label of sglang_kevlar_refused_requests_total
-FailureKind = Literal["no_group", "queue_full", "redirect_limit", "poison", "not_continuable", "weights", "shutdown"]
+FailureKind = Literal[
+    "invalid", "no_group", "queue_full", "redirect_limit", "poison", "not_continuable", "weights", "shutdown"
+]
 
 SCOPE_KEY = "kevlar"
 

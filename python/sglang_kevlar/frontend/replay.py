@@ -10,12 +10,14 @@ from __future__ import annotations
 import os
 import pickle
 import uuid
+from collections import deque
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sglang.srt.managers.io_struct import (
     BeginWeightUpdateReqInput,
     ContinueGenerationReqInput,
+    EndWeightUpdateReqInput,
     LoadLoRAAdapterFromTensorsReqInput,
     LoadLoRAAdapterReqInput,
     PauseGenerationReqInput,
@@ -29,11 +31,15 @@ from sglang.srt.managers.io_struct import (
 
 _LIVE_ONLY = (
     BeginWeightUpdateReqInput,
+    EndWeightUpdateReqInput,
     UpdateWeightsFromDistributedReqInput,
     UpdateWeightsFromIPCReqInput,
     UpdateWeightsFromTensorReqInput,
 )
 _WEIGHTS = (*_LIVE_ONLY, UpdateWeightFromDiskReqInput)
+
+#: changes that can still be taken back. More than that are never under way at once.
+_RECENT = 64
 
 
 def changes_weights(request: Any) -> bool:
@@ -70,8 +76,9 @@ class RunTimeChanges:
         if self.inherited:
             with open(file, "rb") as saved:  # type: ignore[arg-type]
                 self._changes, self._up_to_date = pickle.load(saved)
-        #: the request of the last change, and what stood before it
-        self._before: tuple[Any, _Changes] = (None, self._changes)
+        #: `_changes` is `_settled` with the `_recent` ones on top: each request with a name for the weights after it
+        self._settled = self._changes
+        self._recent: deque[tuple[Any, str]] = deque()
 
     @property
     def not_replayable(self) -> str | None:
@@ -80,7 +87,7 @@ class RunTimeChanges:
 
     def is_change(self, request: Any) -> bool:
         """Whether groups that did not do what ``request`` asks for differ from those that did."""
-        return self._changed(request) is not self._changes
+        return self._after(self._changes, request, "") is not self._changes
 
     def has_all(self, group: int, epoch: int) -> bool:
         """Whether this incarnation was brought up to date, by this frontend or one before it."""
@@ -99,29 +106,41 @@ class RunTimeChanges:
 
     def record(self, request: Any) -> None:
         """``request`` was sent to the groups that serve. Whatever changes nothing is ignored."""
-        changes = self._changed(request)
-        if changes is not self._changes:
-            self._before = (request, self._changes)
-            self._changes = changes
-            self._save()
+        content = uuid.uuid4().hex
+        changes = self._after(self._changes, request, content)
+        if changes is self._changes:
+            return
+        self._recent.append((request, content))
+        if len(self._recent) > _RECENT:
+            self._settled = self._after(self._settled, *self._recent.popleft())
+        self._changes = changes
+        self._save()
 
     def retract(self, request: Any) -> None:
-        """No group did what ``request`` asked for, so none must later. Ignored unless it is the last change."""
-        last, before = self._before
-        if last is request:
-            self._changes = before
-            self._save()
+        """No group did what ``request`` asked for, so none must later. Others, also later ones, stay."""
+        kept = deque(change for change in self._recent if change[0] is not request)
+        if len(kept) == len(self._recent):
+            return
+        self._recent = kept
+        self._changes = self._settled
+        for change in kept:
+            self._changes = self._after(self._changes, *change)
+        self._save()
 
-    def _changed(self, request: Any) -> _Changes:
-        now = self._changes
+    def _after(self, now: _Changes, request: Any, content: str) -> _Changes:
+        """``now`` itself when ``request`` changes nothing."""
         if isinstance(request, UpdateWeightFromDiskReqInput):
-            return replace(now, weights=request, content=uuid.uuid4().hex, not_replayable=None)
+            version = now.version if request.weight_version is None else None
+            return replace(now, weights=request, version=version, content=content, not_replayable=None)
         if isinstance(request, _LIVE_ONLY):
             why = (
                 f"model weights were changed by {type(request).__name__.removesuffix('ReqInput')}, which only the "
                 f"running groups received; update from disk, or restart the server, to bring it back"
             )
-            return replace(now, content=uuid.uuid4().hex, not_replayable=why)
+            version = now.version
+            if (named := getattr(request, "weight_version", None)) is not None:
+                version = UpdateWeightVersionReqInput(new_version=named)
+            return replace(now, version=version, content=content, not_replayable=why)
         if isinstance(request, UpdateWeightVersionReqInput):
             return replace(now, version=request)
         if isinstance(request, LoadLoRAAdapterReqInput | LoadLoRAAdapterFromTensorsReqInput):

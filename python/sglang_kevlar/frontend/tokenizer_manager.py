@@ -9,7 +9,7 @@ import os
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from typing import Any, TypeAlias
 
 import fastapi
@@ -17,11 +17,9 @@ from sglang.srt.managers.io_struct import (
     AbortReq,
     BatchTokenizedEmbeddingReqInput,
     BatchTokenizedGenerateReqInput,
-    ContinueGenerationReqInput,
     EmbeddingReqInput,
     GenerateReqInput,
     OpenSessionReqInput,
-    PauseGenerationReqInput,
     ShutdownReq,
     TokenizedEmbeddingReqInput,
     TokenizedGenerateReqInput,
@@ -37,15 +35,16 @@ from sglang.srt.server_args import PortArgs, ServerArgs
 from sglang_kevlar import __version__
 from sglang_kevlar.control.membership import Event
 from sglang_kevlar.frontend.channels import GroupChannel
+from sglang_kevlar.frontend.control_requests import ControlRequests
 from sglang_kevlar.frontend.endpoints import GroupStateConflict, UnknownGroup, first_answer
 from sglang_kevlar.frontend.failover import Failover
-from sglang_kevlar.frontend.fan_out import GroupCommunicator, GroupEpoch, reason_of
 from sglang_kevlar.frontend.host import BatchOutput, Host
 from sglang_kevlar.frontend.loads import GroupLoadReader
 from sglang_kevlar.frontend.monitor import GroupMonitor
-from sglang_kevlar.frontend.outcome import RequestOutcome, outcome_of
-from sglang_kevlar.frontend.replay import RunTimeChanges, changes_weights
+from sglang_kevlar.frontend.outcome import Failure, RequestOutcome, outcome_of
+from sglang_kevlar.frontend.replay import RunTimeChanges
 from sglang_kevlar.frontend.shadows import ShadowReader
+from sglang_kevlar.frontend.wire_check import Unsendable, check_request
 from sglang_kevlar.observability.events import FailoverEvents
 from sglang_kevlar.observability.metrics import NoMetrics, PrometheusMetrics, forget_dead_processes
 from sglang_kevlar.protocol.launch import LaunchPlan, Paths
@@ -59,9 +58,6 @@ _current_outcome: contextvars.ContextVar[RequestOutcome | None] = contextvars.Co
 
 #: the group a probe is for; None: the router decides
 _pinned_group: contextvars.ContextVar[int | None] = contextvars.ContextVar("pinned_group", default=None)
-
-#: messages a scheduler acts on without answering
-_UNANSWERED = (PauseGenerationReqInput, ContinueGenerationReqInput)
 
 
 class KevlarTokenizerManager(TokenizerManager, Host):
@@ -102,15 +98,22 @@ class KevlarTokenizerManager(TokenizerManager, Host):
         super().init_communicators()
         at_start = frozenset(ref.lora_name for ref in get_lora().lora_paths or ())
         self._changes = RunTimeChanges(at_start, self.paths.changes)
-        self._communicators: dict[type, GroupCommunicator] = {}
-        self._replaying: dict[GroupEpoch, asyncio.Future[Any]] = {}
+        args = self.plan.kevlar
+        self._control = ControlRequests(
+            self.failover, self.monitor.kill, self._changes, self.plan.tp_size, args.control_timeout
+        )
         specs = [(spec[0], spec[1]) for spec in _COMMUNICATOR_SPECS]
         for name, answer in [*specs, ("update_weights_from_disk", UpdateWeightFromDiskReqOutput)]:
-            communicator = GroupCommunicator(
-                name, self._broadcast, self._disagree, self._changes.retract, self.plan.kevlar.control_timeout
+            setattr(self, f"{name}_communicator", self._control.communicator(name, answer))
+
+    def auto_create_handle_loop(self) -> None:
+        """Upstream's, at the first call of any kind. A later call from another event loop would wait for ever."""
+        if self.event_loop is not None and asyncio.get_running_loop() is not self.event_loop:
+            raise RuntimeError(
+                "this Engine belongs to the event loop of its first call, and was called from another one: make all "
+                "calls from one asyncio.run(...), or all of them without one"
             )
-            setattr(self, f"{name}_communicator", communicator)
-            self._communicators[answer] = communicator
+        super().auto_create_handle_loop()
 
     async def handle_loop(self) -> None:
         if self._changes.inherited:
@@ -151,8 +154,10 @@ class KevlarTokenizerManager(TokenizerManager, Host):
 
     def _dispatch_to_scheduler(self, obj: Any) -> None:
         if isinstance(obj, TokenizedGenerateReqInput | TokenizedEmbeddingReqInput):
+            _check([obj])
             self.failover.submit(obj, _current_outcome.get(), _pinned_group.get())
         elif isinstance(obj, BatchTokenizedGenerateReqInput | BatchTokenizedEmbeddingReqInput):
+            _check(obj)
             for item in obj:
                 self.failover.submit(item, _current_outcome.get())
         elif isinstance(obj, AbortReq):
@@ -160,7 +165,7 @@ class KevlarTokenizerManager(TokenizerManager, Host):
         elif isinstance(obj, ShutdownReq):
             pass  # the launcher ends the groups, after us
         else:
-            self._broadcast(obj)
+            self._control.broadcast(obj)
 
     async def _async_dispatch_to_scheduler(self, obj: Any) -> None:
         self._dispatch_to_scheduler(obj)
@@ -205,99 +210,25 @@ class KevlarTokenizerManager(TokenizerManager, Host):
         return "" if state is None else state.get_text()
 
     def control_reply(self, group: int, epoch: int, reply: Any) -> None:
-        replay = self._replaying.get((group, epoch))
-        communicator = self._communicators.get(type(reply))
-        if replay is not None:
-            if not replay.done():
-                replay.set_result(reply)
-        elif communicator is not None:
-            communicator.on_answer((group, epoch), reply)
-        else:
+        if not self._control.answer((group, epoch), reply):
             self._result_dispatcher(reply)
 
     def content(self) -> str:
         return self._changes.content
 
     def group_lost(self, group: int, epoch: int) -> None:
-        for communicator in self._communicators.values():
-            communicator.on_group_lost((group, epoch))
-        replay = self._replaying.get((group, epoch))
-        if replay is not None and not replay.done():
-            replay.set_exception(ConnectionError("the group was lost"))
+        self._control.group_lost((group, epoch))
         if self.enable_metrics:
             # Upstream's gauges of the dead ranks would go on showing their last values.
             forget_dead_processes(self.paths.prometheus)
 
     async def prepare_group(self, channel: GroupChannel) -> str | None:
-        """Replay run-time changes to a group that starts, one by one, also those that come meanwhile."""
-        if self._changes.has_all(channel.group, channel.epoch):
-            return None  # it served the frontend before this one
-        applied: list[Any] = []
-        while not channel.closed:
-            if self._changes.not_replayable is not None:
-                return self._changes.not_replayable
-            wanted = self._changes.replay()
-            if any(all(change is not other for other in wanted) for change in applied):
-                return "a change that had been replayed to it was taken back or replaced meanwhile"
-            missing = [change for change in wanted if all(change is not other for other in applied)]
-            if not missing:
-                self._changes.set_up_to_date(channel.group, channel.epoch)
-                return None
-            reason = await self._replay(channel, missing[0])
-            if reason is not None:
-                return reason
-            applied.append(missing[0])
-        return None
-
-    async def _replay(self, channel: GroupChannel, change: Any) -> str | None:
-        name = type(change).__name__.removesuffix("ReqInput")
-        logger.info("worker group %d (epoch %d): replaying %s", channel.group, channel.epoch, name)
-        if isinstance(change, _UNANSWERED):
-            self.failover.send(channel, change)
-            return None
-        member = (channel.group, channel.epoch)
-        self._replaying[member] = asyncio.get_running_loop().create_future()
-        try:
-            self.failover.send(channel, change)
-            async with asyncio.timeout(self.plan.kevlar.control_timeout):
-                answer = await self._replaying[member]
-        except (TimeoutError, ConnectionError):
-            return f"{name} could not be replayed to it: no answer"
-        finally:
-            del self._replaying[member]
-        if not getattr(answer, "success", True):
-            return f"{name} could not be replayed to it: {reason_of(answer)}"
-        return None
+        return await self._control.prepare(channel)
 
     # ---- control requests ----------------------------------------------------------------------------------------
 
-    def _broadcast(self, obj: Any) -> set[GroupEpoch]:
-        """Send to every group that serves; what changes them is remembered for those that start later."""
-        self._changes.record(obj)
-        channels = [channel for channel in self.failover.channels.values() if channel.up_to_date]
-        weights = bool(channels) and changes_weights(obj)
-        if weights:
-            self.failover.journal.weights += 1
-            self.failover.router.forget_prefixes()
-            # In every group's own order: nothing is shadowed or promoted between the old weights and the new.
-            self.failover.plan_shadows(content="")
-        sent = {(channel.group, channel.epoch) for channel in channels if self.failover.send(channel, obj)}
-        if weights:
-            self.failover.plan_shadows()
-        return sent
-
-    def _disagree(self, request: Any, name: str, failed: dict[GroupEpoch, str]) -> None:
-        """These groups did not do what others did, or may have: they start again and are brought up to date.
-
-        Only where it makes them different: a profile that one group could not start is no reason to kill it.
-        """
-        if not self._changes.is_change(request):
-            return
-        for (group, epoch), why in failed.items():
-            self.monitor.kill(group, epoch, f"{name} failed there: {why}")
-
     async def _wait_for_model_update_from_disk(self, obj: UpdateWeightFromDiskReqInput) -> tuple[bool, str, Any]:
-        answers = await self.update_weights_from_disk_communicator(obj)
+        answers = await self._control.update_weights_from_disk(obj)
         success = all(answer.success for answer in answers)
         if success:
             self._update_model_path_info(obj.model_path, obj.load_format)
@@ -323,7 +254,9 @@ class KevlarTokenizerManager(TokenizerManager, Host):
             channel = self.failover.channels.get(group["id"])
             if group["state"] == "ready" and (channel is None or not channel.up_to_date):
                 group["state"] = "starting"  # its processes are ready; it is being brought up to date
-            group["weight_version"] = self.config_value("weight_version")
+            # Until it is up to date a group may have other weights, and serves none.
+            current = channel is not None and channel.up_to_date
+            group["weight_version"] = self.config_value("weight_version") if current else None
             group["running"] = running[group["id"]]
             group["queued"] = self._queued(group["id"])
             group["shadow"] = self._shadows.status(group["id"], group["epoch"])
@@ -415,3 +348,15 @@ class KevlarTokenizerManager(TokenizerManager, Host):
             task.cancel()
         self.failover.close()
         self.monitor.close()
+
+
+def _check(requests: Iterable[Any]) -> None:
+    """All of them, before any is submitted. Raises Unsendable, which is also the outcome of the HTTP request."""
+    try:
+        for request in requests:
+            check_request(request)
+    except Unsendable as error:
+        if (outcome := _current_outcome.get()) is not None:
+            # Upstream has begun a stream by now; as the outcome it becomes a proper error response.
+            outcome.fail(Failure(400, str(error), "invalid"))
+        raise

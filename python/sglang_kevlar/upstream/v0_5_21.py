@@ -73,15 +73,23 @@ _IPC = (
     _seam("srt.managers.io_struct:sock_send", _FRONTEND, signature="socket obj flags"),
     _seam("srt.managers.io_struct:sock_recv", _FRONTEND, signature="socket flags"),
     _seam("srt.managers.io_struct:msgpack_decode", _FRONTEND, signature="data"),
+    _seam("srt.managers.io_struct:msgpack_encode", _FRONTEND, signature="obj"),
+    _seam("srt.utils.msgpack_utils:enc_hook", _FRONTEND, signature="obj"),
+    _seam("srt.utils.msgpack_utils:dec_hook", _FRONTEND, signature="tp obj"),
+    _seam("srt.utils.msgpack_utils:ext_hook", _FRONTEND, signature="code data"),
     _seam("srt.managers.io_struct:_USE_PICKLE_IPC", _FRONTEND),
     _seam("srt.managers.io_struct:BaseReq", _FRONTEND + _RANK, fields="rid"),
     _seam(
         "srt.managers.io_struct:TokenizedGenerateReqInput",
         _FRONTEND + _RANK,
         fields="rid input_ids sampling_params stream session_params input_embeds positional_embed_overrides mm_inputs "
-        "return_hidden_states lora_id extra_key cache_salt",
+        "return_hidden_states lora_id extra_key cache_salt time_stats",
     ),
-    _seam("srt.managers.io_struct:TokenizedEmbeddingReqInput", _FRONTEND + _RANK, fields="rid input_ids lora_id"),
+    _seam(
+        "srt.managers.io_struct:TokenizedEmbeddingReqInput",
+        _FRONTEND + _RANK,
+        fields="rid input_ids lora_id mm_inputs time_stats",
+    ),
     _seam("srt.managers.io_struct:BatchTokenizedGenerateReqInput", _FRONTEND + _RANK, fields="__iter__"),
     _seam("srt.managers.io_struct:BatchTokenizedEmbeddingReqInput", _FRONTEND + _RANK, fields="__iter__"),
     _seam("srt.managers.io_struct:AbortReq", _FRONTEND + _RANK, fields="rid finished_reason abort_message abort_all"),
@@ -99,23 +107,29 @@ _IPC = (
     _seam("srt.managers.io_struct:GenerateReqInput", _FRONTEND, fields="rid input_ids sampling_params log_metrics"),
     _seam("srt.managers.io_struct:EmbeddingReqInput", _FRONTEND, fields="rid input_ids sampling_params log_metrics"),
     _seam("srt.managers.io_struct:PauseGenerationReqInput", _FRONTEND, fields="mode"),
-    _seam("srt.managers.io_struct:UpdateWeightFromDiskReqInput", _FRONTEND, fields="model_path load_format"),
+    _seam(
+        "srt.managers.io_struct:UpdateWeightFromDiskReqInput", _FRONTEND, fields="model_path load_format weight_version"
+    ),
     _seam(
         "srt.managers.io_struct:UpdateWeightFromDiskReqOutput", _FRONTEND, fields="success message num_paused_requests"
     ),
     _seam("srt.managers.io_struct:LoadLoRAAdapterReqInput", _FRONTEND, fields="lora_name"),
     _seam("srt.managers.io_struct:LoadLoRAAdapterFromTensorsReqInput", _FRONTEND, fields="lora_name"),
     _seam("srt.managers.io_struct:UnloadLoRAAdapterReqInput", _FRONTEND, fields="lora_name"),
+    _seam(
+        "srt.managers.io_struct:InitWeightsUpdateGroupReqInput", _FRONTEND, fields="rank_offset world_size group_name"
+    ),
+    _seam("srt.managers.io_struct:DestroyWeightsUpdateGroupReqInput", _FRONTEND, fields="group_name"),
+    _seam("srt.managers.io_struct:UpdateWeightsFromDistributedReqInput", _FRONTEND, fields="group_name"),
+    _seam("srt.managers.io_struct:UpdateWeightVersionReqInput", _FRONTEND, fields="new_version"),
     *(
         _seam(f"srt.managers.io_struct:{name}", _FRONTEND)
         for name in (
             "BeginWeightUpdateReqInput",
             "ContinueGenerationReqInput",
-            "InitWeightsUpdateGroupReqInput",
+            "EndWeightUpdateReqInput",
             "OpenSessionReqInput",
             "ShutdownReq",
-            "UpdateWeightVersionReqInput",
-            "UpdateWeightsFromDistributedReqInput",
             "UpdateWeightsFromIPCReqInput",
             "UpdateWeightsFromTensorReqInput",
         )
@@ -123,7 +137,7 @@ _IPC = (
     _seam(
         "srt.sampling.sampling_params:SamplingParams",
         _FRONTEND + _RANK,
-        fields="stream_interval max_new_tokens beam_width",
+        fields="stream_interval max_new_tokens beam_width top_k min_new_tokens custom_params logit_bias",
     ),
 )
 
@@ -162,6 +176,7 @@ _FRONTEND_SEAMS = (
         _FRONTEND,
         fields="tokenizer_manager loop shutdown",
     ),
+    *_methods("srt.entrypoints.engine:Engine", _FRONTEND, _serialize_tensors_per_rank="tensors load_format"),
     _seam("srt.entrypoints.engine:SchedulerInitResult", _FRONTEND, passes="scheduler_infos wait_for_ready"),
     _seam(
         "srt.entrypoints.engine:init_tokenizer_manager",
@@ -174,7 +189,7 @@ _FRONTEND_SEAMS = (
         passes="server_args port_args",
         fields="_result_dispatcher rid_to_state asyncio_tasks gracefully_exit server_status last_receive_tstamp "
         "is_generation enable_metrics load_snapshot_reader recv_from_detokenizer send_to_scheduler "
-        "tokenizer_ipc_name _server_stop_hook",
+        "tokenizer_ipc_name event_loop _server_stop_hook",
     ),
     *_methods(
         _TOKENIZER_MANAGER,
@@ -184,6 +199,7 @@ _FRONTEND_SEAMS = (
         handle_loop="",
         generate_request="obj request",
         _dispatch_to_scheduler="obj",
+        auto_create_handle_loop="",
         _async_dispatch_to_scheduler="obj",
         open_session="obj request",
         update_request_meta_info="meta_info state customized_info index finish_reason",
@@ -194,7 +210,6 @@ _FRONTEND_SEAMS = (
     _seam(_TOKENIZER_MANAGER + "._handle_abort_req", _FRONTEND, signature="self recv_obj"),
     _seam(_TOKENIZER_MANAGER + "._update_model_path_info", _FRONTEND, signature="self model_path load_format"),
     _seam(_TOKENIZER_MANAGER + ".config_value", _FRONTEND, signature="self name"),
-    _seam(_TOKENIZER_MANAGER + ".auto_create_handle_loop", _FRONTEND, signature="self"),
     _seam("srt.managers.tokenizer_manager:ReqState.get_text", _FRONTEND, signature="self"),
     _seam("srt.managers.tokenizer_manager:ServerStatus", _FRONTEND, fields="Starting"),
     _seam("srt.managers.tokenizer_control_mixin:_COMMUNICATOR_SPECS", _FRONTEND),
