@@ -59,7 +59,7 @@ class ShadowStore:
         for position, (key, crc) in enumerate(zip(keys, crcs, strict=True)):
             with self._lock:
                 if key not in self._index:
-                    slot, evicted = self._index.add(key, parent, crc)
+                    slot, evicted = self._index.add(key, parent, crc, request is not None)
                     gone += evicted
                     if slot is None:
                         return gone + list(keys[position:])
