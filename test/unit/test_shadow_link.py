@@ -37,7 +37,7 @@ def test_pieces_in_flight_never_overlap(size: int, steps: list[int]):
             assert all(end - start < step for start, end in free)
             continue
         offset, end = taken
-        assert 0 <= offset and offset + step <= size
+        assert offset >= 0 and offset + step <= size
         assert all(offset + step <= other or other + length <= offset for other, length, *_ in flying)
         assert flying or offset == 0, "all of an empty window is one piece"
         before = flying[-1][0] + flying[-1][1] if flying else 0
