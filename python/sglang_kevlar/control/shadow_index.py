@@ -2,13 +2,13 @@
 
 A pure bookkeeper: slots are numbers, whoever owns the memory fills them. A block is kept as long as a child of it is,
 so a lookup never meets a hole. When room is needed, leaves go: first those no running request needs, least recently
-used first; then those of running requests, shortest context first, because the longest cost most to compute again.
-Pinned blocks never go.
+used first; then, for a running request only, those of running requests, shortest context first, because the longest
+cost most to compute again. Pinned blocks never go.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,6 +24,12 @@ class Block:
     #: running requests of the source whose context includes this block
     live: int = 0
     pins: int = 0
+    #: when it was last used, itself or with what is behind it
+    used: int = 0
+
+    @property
+    def idle(self) -> bool:
+        return self.children == 0 and self.live == 0 and self.pins == 0
 
 
 class StoreIndex:
@@ -34,8 +40,9 @@ class StoreIndex:
         self.capacity = capacity
         self._blocks: dict[bytes, Block] = {}
         self._free = list(range(capacity - 1, -1, -1))
-        #: leaves that nobody needs, least recently used first
-        self._idle: OrderedDict[bytes, None] = OrderedDict()
+        #: heap of leaves that nobody needs, by when they were used, among entries that are out of date
+        self._idle: list[tuple[int, bytes]] = []
+        self._uses = 0
         #: deepest block of each running request
         self._leaves: dict[bytes, bytes] = {}
         self.evicted = 0
@@ -49,10 +56,11 @@ class StoreIndex:
     def get(self, key: bytes) -> Block:
         return self._blocks[key]
 
-    def add(self, key: bytes, parent: bytes | None, crc: int) -> tuple[int | None, list[bytes]]:
-        """A slot for a block that is not there yet, and the keys evicted for it.
+    def add(self, key: bytes, parent: bytes | None, crc: int, live: bool) -> tuple[int | None, list[bytes]]:
+        """A slot for a block that is not there yet, and the keys evicted for it. ``live``: for a running request.
 
-        The slot is None when the parent is not held, or everything is pinned or an ancestor of this block.
+        The slot is None when the parent is not held, or everything is pinned or an ancestor of this block; and, if it
+        is not live, when everything else is.
         """
         assert key not in self._blocks
         holder = None
@@ -61,8 +69,7 @@ class StoreIndex:
             if holder is None:
                 return None, []
             holder.pins += 1  # it must not be evicted for its own child
-            self._idle.pop(parent, None)
-        evicted = self._make_room()
+        evicted = self._make_room(live)
         if holder is not None:
             holder.pins -= 1
         if not self._free:
@@ -74,7 +81,7 @@ class StoreIndex:
             holder.children += 1
             depth = holder.depth + 1
         self._blocks[key] = Block(slot, parent, depth, crc)
-        self._park(key)
+        self._use([key])
         return slot, evicted
 
     def extend_live(self, request: bytes, leaf: bytes) -> None:
@@ -86,7 +93,6 @@ class StoreIndex:
         while key is not None and key != before:
             block = self._blocks[key]
             block.live += 1
-            self._idle.pop(key, None)
             key = block.parent
         if before is not None and key is None:
             self._count_down(before)
@@ -112,7 +118,6 @@ class StoreIndex:
     def pin(self, keys: Sequence[bytes]) -> None:
         for key in keys:
             self._blocks[key].pins += 1
-            self._idle.pop(key, None)
 
     def unpin(self, keys: Sequence[bytes]) -> None:
         """The end of a pin. Counts as a use: the whole chain becomes the most recent."""
@@ -120,7 +125,7 @@ class StoreIndex:
             block = self._blocks[key]
             assert block.pins > 0
             block.pins -= 1
-            self._park(key)
+        self._use(keys)
 
     def remove(self, key: bytes) -> list[bytes]:
         """Drop a block found damaged, with everything behind it, unless pinned. Returns the keys dropped."""
@@ -142,14 +147,14 @@ class StoreIndex:
     def clear(self) -> None:
         """Forget everything that is not pinned or an ancestor of what is."""
         self.end_all_live()
-        while self._idle:
-            self._drop(next(iter(self._idle)))
+        while (key := self._oldest_idle()) is not None:
+            self._drop(key)
 
-    def _make_room(self) -> list[bytes]:
+    def _make_room(self, live: bool) -> list[bytes]:
         if self._free:
             return []
-        victim = next(iter(self._idle), None)
-        if victim is None:
+        victim = self._oldest_idle()
+        if victim is None and live:
             victim = self._shortest_live()
         if victim is None:
             return []
@@ -177,35 +182,48 @@ class StoreIndex:
         return leaf
 
     def _count_down(self, leaf: bytes) -> None:
+        chain = []
         key: bytes | None = leaf
         while key is not None:
+            chain.append(key)
             block = self._blocks[key]
             block.live -= 1
             assert block.live >= 0
-            self._park(key)
             key = block.parent
+        self._use(chain)
+
+    def _use(self, keys: Sequence[bytes]) -> None:
+        self._uses += 1
+        for key in keys:
+            self._blocks[key].used = self._uses
+            self._park(key)
 
     def _park(self, key: bytes | None) -> None:
-        """Make a block evictable, as the most recently used, if nothing holds it any more."""
-        if key is None:
+        """Make a block evictable if nothing holds it any more."""
+        if key is None or not self._blocks[key].idle:
             return
-        block = self._blocks[key]
-        if block.children == 0 and block.live == 0 and block.pins == 0:
-            self._idle[key] = None
-            self._idle.move_to_end(key)
+        if len(self._idle) > 2 * self.capacity:
+            self._idle = [entry for entry in set(self._idle) if self._in_force(entry)]
+            heapq.heapify(self._idle)
+        heapq.heappush(self._idle, (self._blocks[key].used, key))
+
+    def _in_force(self, entry: tuple[int, bytes]) -> bool:
+        used, key = entry
+        block = self._blocks.get(key)
+        return block is not None and block.idle and block.used == used
+
+    def _oldest_idle(self) -> bytes | None:
+        while self._idle and not self._in_force(self._idle[0]):
+            heapq.heappop(self._idle)
+        return self._idle[0][1] if self._idle else None
 
     def _drop(self, key: bytes) -> None:
         block = self._blocks.pop(key)
-        assert block.children == 0 and block.live == 0 and block.pins == 0
-        self._idle.pop(key, None)
+        assert block.idle
         self._free.append(block.slot)
         if block.parent is not None:
-            parent = self._blocks[block.parent]
-            parent.children -= 1
-            if parent.children == 0 and parent.live == 0 and parent.pins == 0:
-                # As old as its child: it is next.
-                self._idle[block.parent] = None
-                self._idle.move_to_end(block.parent, last=False)
+            self._blocks[block.parent].children -= 1
+            self._park(block.parent)
 
     def check(self) -> None:
         """Assert what holds between any two calls."""
@@ -226,5 +244,4 @@ class StoreIndex:
         for key, block in self._blocks.items():
             assert block.children == children.get(key, 0)
             assert block.live == live.get(key, 0)
-            idle = block.children == 0 and block.live == 0 and block.pins == 0
-            assert (key in self._idle) == idle, (key, block)
+            assert not block.idle or (block.used, key) in self._idle, (key, block)

@@ -39,14 +39,12 @@ class WindowRing:
     def take(self, size: int) -> tuple[int, int] | None:
         """``(offset, end)`` of a contiguous piece, or None while there is no room. ``end`` is for `give_back`."""
         assert 0 < size <= self.size, f"a parcel of {size} bytes never fits into a window of {self.size}"
+        if not self.used:
+            self._head = self._tail = 0
         offset = self._head % self.size
         gap = self.size - offset if offset + size > self.size else 0
         if self.used + gap + size > self.size:
-            if self.used:
-                return None
-            # Nothing in flight: the gap is of no use to anybody.
-            self._head = self._tail = 0
-            offset = gap = 0
+            return None
         self._head += gap + size
         return (offset + gap) % self.size, self._head
 
@@ -63,14 +61,8 @@ class ShadowLink:
         #: keys that the target holds, or will when what is in flight has arrived
         self.known: set[bytes] = set()
         self._in_flight: deque[Sent] = deque()
-
-    @property
-    def in_flight_tokens(self) -> int:
-        return sum(sent.tokens for sent in self._in_flight)
-
-    @property
-    def in_flight_bytes(self) -> int:
-        return sum(sent.size for sent in self._in_flight)
+        #: plain numbers, because the scheduler's thread reads them while the sender's changes what is in flight
+        self.in_flight_tokens = self.in_flight_bytes = 0
 
     @property
     def oldest(self) -> int | None:
@@ -92,6 +84,8 @@ class ShadowLink:
             return None
         offset, end = room
         self._in_flight.append(Sent(sequence, end, tokens, size))
+        self.in_flight_tokens += tokens
+        self.in_flight_bytes += size
         return offset
 
     def acknowledge(self, sequence: int, gone: Iterable[bytes]) -> tuple[int, int]:
@@ -106,5 +100,7 @@ class ShadowLink:
             self.ring.give_back(sent.end)
             tokens += sent.tokens
             size += sent.size
+        self.in_flight_tokens -= tokens
+        self.in_flight_bytes -= size
         self.known.difference_update(gone)
         return tokens, size

@@ -9,8 +9,8 @@ def partners(up: Collection[int], draining: Collection[int], active_groups: int)
     """Target by source, over the groups that are ``up``; groups ``0 .. active_groups - 1`` are active.
 
     With standbys up, each active group shadows to one of them, in turn; a standby that serves shadows to another
-    standby, or to an active group. Without, every group shadows to the next one, around the ring. A group that drains
-    is about to go, and is chosen only when there is nobody else.
+    standby, or to an active group if there is none. Without, every group shadows to the next one, around the ring.
+    A group that drains is about to go, and is chosen only when there is nobody else.
     """
     targets: dict[int, int] = {}
     lasting = [group for group in sorted(up) if group not in draining]
@@ -22,5 +22,6 @@ def partners(up: Collection[int], draining: Collection[int], active_groups: int)
         if standbys and source < active_groups:
             targets[source] = standbys[source % len(standbys)]
         else:
-            targets[source] = next((group for group in others if group > source), others[0])
+            ring = standbys or others
+            targets[source] = next((group for group in ring if group > source), ring[0])
     return targets

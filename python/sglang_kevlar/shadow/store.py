@@ -31,6 +31,10 @@ class ShadowStore:
         self._lock = threading.Lock()
         #: keys pinned by each ticket, and when it ends by itself
         self._tickets: dict[str, tuple[list[bytes], float]] = {}
+        #: evicted or damaged, for the sources to know
+        self._dropped: list[bytes] = []
+        #: how often everything was forgotten
+        self.clears = 0
 
     @property
     def capacity(self) -> int:
@@ -52,17 +56,16 @@ class ShadowStore:
     ) -> list[bytes]:
         """Keep blocks that follow each other; ``data``: uint8 (blocks, block bytes).
 
-        ``request``: the running one they are for. Returns the keys that are not held (any more): evicted ones, and of
-        these the ones that there was no room for. Raises DamagedBlock; what came before it is kept.
+        ``request``: the running one they are for. Returns the keys of those that there was no room for. Raises
+        DamagedBlock; what came before it is kept.
         """
-        gone: list[bytes] = []
         for position, (key, crc) in enumerate(zip(keys, crcs, strict=True)):
             with self._lock:
                 if key not in self._index:
-                    slot, evicted = self._index.add(key, parent, crc)
-                    gone += evicted
+                    slot, evicted = self._index.add(key, parent, crc, request is not None)
+                    self._dropped += evicted
                     if slot is None:
-                        return gone + list(keys[position:])
+                        return list(keys[position:])
                     self._memory[slot] = data[position]
                     # After copying: what the source does to the window later changes nothing.
                     if zlib.crc32(self._memory[slot].data) != crc:
@@ -71,7 +74,13 @@ class ShadowStore:
                 if request is not None:
                     self._index.extend_live(request, key)
             parent = key
-        return gone
+        return []
+
+    def take_dropped(self) -> list[bytes]:
+        """Keys that were held and are not any more, since this was last asked; less what was forgotten by `clear`."""
+        with self._lock:
+            dropped, self._dropped = self._dropped, []
+        return dropped
 
     def end(self, request: bytes) -> None:
         with self._lock:
@@ -80,10 +89,16 @@ class ShadowStore:
     def clear(self) -> None:
         with self._lock:
             self._index.clear()
+            self.clears += 1
 
     def pin(self, keys: Sequence[bytes], ticket: str) -> int:
-        """How many of ``keys``, which follow each other, are held intact. They stay until the ticket is returned."""
+        """How many of ``keys``, which follow each other, are held intact. They stay until the ticket is returned.
+
+        Raises ValueError for a ticket that is out already.
+        """
         with self._lock:
+            if ticket in self._tickets:
+                raise ValueError(f"{ticket} pins something already")
             count = self._index.longest(keys)
             self._index.pin(keys[:count])
             blocks = [self._index.get(key) for key in keys[:count]]
@@ -93,9 +108,8 @@ class ShadowStore:
         with self._lock:
             self._index.unpin(keys[intact:count])
             if intact < count:
-                self._index.remove(keys[intact])
+                self._dropped += self._index.remove(keys[intact])
             if intact:
-                assert ticket not in self._tickets
                 self._tickets[ticket] = (list(keys[:intact]), time.monotonic() + TICKET_LIFE)
         return intact
 
@@ -115,7 +129,9 @@ class ShadowStore:
 
     def expire(self) -> None:
         now = time.monotonic()
-        for ticket in [ticket for ticket, (_, end) in list(self._tickets.items()) if end < now]:
+        with self._lock:
+            ended = [ticket for ticket, (_, end) in self._tickets.items() if end < now]
+        for ticket in ended:
             self.release(ticket)
 
     def check(self) -> None:
