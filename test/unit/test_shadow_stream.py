@@ -71,6 +71,7 @@ def world(tmp_path, monkeypatch):
     monkeypatch.setattr(sender_module, "WINDOW_BYTES", WINDOW)
     monkeypatch.setattr(server_module, "STOP_POLL", 20)
     monkeypatch.setattr(sender_module, "TICK", 20)
+    monkeypatch.setattr(sender_module, "PAUSE", 0.0)
     monkeypatch.setattr(sender_module, "COUNTERS_INTERVAL", 0.02)
     world = World(tmp_path)
     yield world
@@ -436,7 +437,26 @@ def test_a_parcel_of_an_older_session_is_of_no_effect(world):
     assert store.has(sequence(2, 4)) == 4 and store.has([b"lie"]) == 0
 
 
-@pytest.mark.parametrize("seed", range(4))
+def test_what_goes_wrong_every_time_is_not_tried_all_the_time(world, monkeypatch):
+    monkeypatch.setattr(sender_module, "PAUSE", 0.2)
+    store = world.store()
+    proxy = world.proxy(store)
+    source = world.source()
+    harm = flip_window(source)
+    proxy.harm = lambda message, data: harm(message, data) if isinstance(message, Parcel) else [data]
+    source.to(proxy)
+    end = time.monotonic() + 1
+    while time.monotonic() < end:
+        source.offer(sequence(1, 4))
+        time.sleep(0.002)
+    assert 2 <= source.counters.resyncs <= 6
+    assert store.has(sequence(1, 4)) == 0
+    proxy.harm = lambda message, data: [data]
+    source.send(sequence(1, 4))
+    assert store.has(sequence(1, 4)) == 4
+
+
+@pytest.mark.parametrize("seed", range(3))
 def test_a_line_that_harms_every_few_messages(world, monkeypatch, seed):
     monkeypatch.setattr(sender_module, "SILENCE", 0.15)
     dice = random.Random(seed)

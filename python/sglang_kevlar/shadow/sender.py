@@ -44,6 +44,9 @@ WINDOW_BLOCKS = 8
 SILENCE = 10.0
 #: milliseconds between two looks at the clock while nothing happens
 TICK = 100
+#: seconds without parcels when two sessions went wrong shortly one after the other: the next may, too, and each costs
+#: copies of everything
+PAUSE = 1.0
 #: seconds before a target that refused, or for which there was no window, is tried again
 RETRY = 30.0
 COUNTERS_INTERVAL = 0.5
@@ -113,6 +116,7 @@ class ShadowSender:
         self._window: window.Window | None = None
         self._target: Target | None = None
         self._opened_at = self._progress_at = 0.0
+        self._wrong_at = -2 * PAUSE
         self._sent_sequence = 0
         #: when the next parcel may go
         self._not_before = 0.0
@@ -264,6 +268,10 @@ class ShadowSender:
         assert target is not None
         logger.warning("shadow at worker group %d (epoch %d): starting over: %s", target.group, target.epoch, reason)
         self._counters.resyncs += 1
+        now = time.monotonic()
+        if now - self._wrong_at < 2 * PAUSE:
+            self._not_before = max(self._not_before, now + PAUSE)
+        self._wrong_at = now
         self._close_socket()
         self._connect(target)
 
