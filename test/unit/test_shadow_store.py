@@ -24,7 +24,9 @@ def names(prefix: str, count: int) -> list[bytes]:
     return [f"{prefix}{number}".encode() for number in range(count)]
 
 
-def put(store: ShadowStore, keys: list[bytes], parent: bytes | None = None, request: bytes | None = None) -> list[bytes]:
+def put(
+    store: ShadowStore, keys: list[bytes], parent: bytes | None = None, request: bytes | None = None
+) -> list[bytes]:
     data = np.stack([content(key) for key in keys])
     return store.put(keys, parent, [zlib.crc32(row.data) for row in data], data, request)
 

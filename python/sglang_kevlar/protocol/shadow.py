@@ -2,7 +2,8 @@
 
 A source's rank is a DEALER, the store of the same rank of the target a ROUTER. One session: `Hello`, answered by
 `Accept` or `Refuse`; then `Parcel`, `Ended` and `Forget` in one numbered order, answered by `Ack`, or by `Resync` when
-something did not arrive as it was sent. Every message names its session, so what is left of an older one is dropped.
+something did not arrive as it was sent, or the store was emptied. Every message names its session, so what is left of
+an older one is dropped.
 
 The ranks of the target ask each other's stores by `Lookup`, from the same socket type.
 """
@@ -98,7 +99,7 @@ class Ack(msgspec.Struct, frozen=True, kw_only=True, tag="ack"):
 
 
 class Resync(msgspec.Struct, frozen=True, kw_only=True, tag="resync"):
-    """Something of this session is not as it was sent. The source begins a new one."""
+    """Something of this session is not as it was sent, or not held any more. The source begins a new one."""
 
     session: str
     reason: str

@@ -44,7 +44,10 @@ WINDOW_BLOCKS = 8
 SILENCE = 10.0
 #: milliseconds between two looks at the clock while nothing happens
 TICK = 100
-#: seconds before a target that refused is asked again
+#: seconds without parcels when two sessions went wrong shortly one after the other: the next may, too, and each costs
+#: copies of everything
+PAUSE = 1.0
+#: seconds before a target that refused, or for which there was no window, is tried again
 RETRY = 30.0
 COUNTERS_INTERVAL = 0.5
 
@@ -113,6 +116,7 @@ class ShadowSender:
         self._window: window.Window | None = None
         self._target: Target | None = None
         self._opened_at = self._progress_at = 0.0
+        self._wrong_at = -2 * PAUSE
         self._sent_sequence = 0
         #: when the next parcel may go
         self._not_before = 0.0
@@ -199,14 +203,18 @@ class ShadowSender:
         except BlockingIOError:
             pass
         now = time.monotonic()
-        if self._wanted != self._target:
+        wanted = self._wanted
+        if wanted != self._target:
             self._disconnect()
-            if self._wanted is not None:
-                self._connect(self._wanted)
+            if wanted is not None:
+                self._connect(wanted)
         elif self._target is not None and self._socket is None and now - self._opened_at > RETRY:
             self._connect(self._target)
         self._receive()
-        self._work()
+        try:
+            self._work()
+        except zmq.Again:
+            self._start_over("it does not read")
         oldest = self.link.oldest if self.link is not None else None
         waiting = self._socket is not None and (self.link is None or oldest is not None)
         if waiting and now - max(self._progress_at, self._opened_at) > SILENCE:
@@ -216,8 +224,14 @@ class ShadowSender:
         name = self._new_window()
         self._target = target
         self._opened_at = time.monotonic()
+        try:
+            self._window = window.create(name, self.window_bytes)
+        except OSError as error:
+            logger.error(
+                "no shared memory for a shadow (%d bytes in %s): %s", self.window_bytes, window.DIRECTORY, error
+            )
+            return
         self._session = name
-        self._window = window.create(name, self.window_bytes)
         socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         socket.setsockopt(zmq.LINGER, 0)
         socket.connect(target.endpoint)
@@ -236,11 +250,11 @@ class ShadowSender:
     def _disconnect(self) -> None:
         """Forget the target. What was to be sent to it is dropped; the scheduler copies it again for the next."""
         self._target = None
-        self._counters.to, self._counters.linked = None, False
         self._close_socket()
 
     def _close_socket(self) -> None:
         self.link = None
+        self._counters.to, self._counters.linked = None, False
         if self._socket is not None:
             self._socket.close()
             self._socket = None
@@ -254,12 +268,17 @@ class ShadowSender:
         assert target is not None
         logger.warning("shadow at worker group %d (epoch %d): starting over: %s", target.group, target.epoch, reason)
         self._counters.resyncs += 1
+        now = time.monotonic()
+        if now - self._wrong_at < 2 * PAUSE:
+            self._not_before = max(self._not_before, now + PAUSE)
+        self._wrong_at = now
         self._close_socket()
         self._connect(target)
 
     def _say(self, message: Hello | Parcel | Ended | Forget) -> None:
+        """Raises zmq.Again when too much waits to be sent already: the target does not read."""
         assert self._socket is not None
-        self._socket.send(msgspec.msgpack.encode(message))
+        self._socket.send(msgspec.msgpack.encode(message), zmq.NOBLOCK)
 
     def _receive(self) -> None:
         while self._socket is not None:
@@ -310,6 +329,8 @@ class ShadowSender:
         room = self.link.send(size, len(piece.keys) * self._layout.block_tokens, self._sent_sequence)
         if room is None:
             return False
+        if self.link.oldest == self._sent_sequence:
+            self._progress_at = time.monotonic()  # nothing was to be answered until now
         sequence = self._next_sequence()
         out = self._window.bytes[room : room + size].reshape(len(piece.keys), -1)
         pack(piece.staged.wait(), piece.first, len(piece.keys), self._layout.block_tokens, out)
@@ -341,6 +362,9 @@ class ShadowSender:
             return
         self._written = data
         temporary = f"{self._counters_file}.new"
-        with open(temporary, "wb") as file:
-            file.write(data)
-        os.replace(temporary, self._counters_file)
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+            os.replace(temporary, self._counters_file)
+        except OSError as error:
+            logger.warning("the shadow's counters cannot be written: %s", error)

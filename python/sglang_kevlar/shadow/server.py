@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
@@ -41,14 +42,19 @@ MAX_FRAME_BYTES = 16 << 20
 BURST = 256
 #: sources at once; the oldest is dropped for one more
 MAX_SESSIONS = 64
-#: milliseconds between two looks at whether to stop
+#: milliseconds between two looks at whether to stop, and at the time
 STOP_POLL = 200
+#: seconds after which the requests of a source that sends nothing are running no more, as far as we know
+SILENCE = 60.0
 
 
 @dataclass
 class _Session:
     hello: Hello
     window: window.Window
+    #: what the store had forgotten before: of this, the source knows
+    clears: int
+    heard_at: float
     next_sequence: int = 0
     requests: set[bytes] = field(default_factory=set)
     acknowledge: bool = False
@@ -65,6 +71,9 @@ class ShadowServer:
         self._decoder = msgspec.msgpack.Decoder(ToStore)
         #: by the routing id of its socket
         self._sessions: OrderedDict[bytes, _Session] = OrderedDict()
+        #: newest epoch of each group that was here
+        self._epochs: dict[int, int] = {}
+        self._looked_at = 0.0
         self._stopping = False
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
@@ -81,9 +90,7 @@ class ShadowServer:
 
     def _run(self) -> None:
         while not self._stopping:
-            if not self._socket.poll(STOP_POLL):
-                self._store.expire()
-                continue
+            self._socket.poll(STOP_POLL)
             for _ in range(BURST):
                 try:
                     frames = self._socket.recv_multipart(zmq.NOBLOCK)
@@ -96,6 +103,7 @@ class ShadowServer:
                     logger.exception("shadow store: a message could not be handled")
                     self._counters.rejected_frames += 1
             self._acknowledge()
+            self._look_at_the_time()
         for session in self._sessions.values():
             session.window.close()
         self._socket.close()
@@ -106,7 +114,11 @@ class ShadowServer:
                 raise ValueError(f"{len(frames)} frames")
             message = self._decoder.decode(frames[1])
         except (ValueError, msgspec.DecodeError) as error:
-            self._reject(f"not one of ours: {error}")
+            reason = f"not one of ours: {error}"
+            if frames[0] in self._sessions:
+                self._resync(frames[0], reason)
+            else:
+                self._reject(reason)
             return
         if isinstance(message, Lookup):
             self._counters.lookups += 1
@@ -137,7 +149,8 @@ class ShadowServer:
                 self._close(other)
         if len(self._sessions) >= MAX_SESSIONS:
             self._close(next(iter(self._sessions)))
-        self._sessions[sender] = _Session(hello, opened)
+        self._sessions[sender] = _Session(hello, opened, self._store.clears, time.monotonic())
+        self._epochs[hello.group] = hello.epoch
         self._send(sender, Accept(session=hello.session, capacity=self._store.capacity))
 
     def _why_not(self, hello: Hello) -> str | None:
@@ -146,9 +159,8 @@ class ShadowServer:
         different = [f"{name} is {theirs[name]}, here {ours[name]}" for name in ours if ours[name] != theirs[name]]
         if hello.layout.version != SHADOW_VERSION:
             return f"it speaks version {hello.layout.version}, not {SHADOW_VERSION}"
-        for session in self._sessions.values():
-            if session.hello.group == hello.group and session.hello.epoch > hello.epoch:
-                return f"epoch {session.hello.epoch} of this group has been here"
+        if (newest := self._epochs.get(hello.group, hello.epoch)) > hello.epoch:
+            return f"epoch {newest} of this group has been here"
         return "; ".join(different) or None
 
     def _close(self, sender: bytes) -> None:
@@ -167,6 +179,7 @@ class ShadowServer:
             self._resync(sender, f"frame {message.sequence} came where {expected} was due")
             return
         session.next_sequence += 1
+        session.heard_at = time.monotonic()
         session.acknowledge = True
         if isinstance(message, Parcel):
             self._take(sender, session, message)
@@ -176,6 +189,7 @@ class ShadowServer:
             self._store.end(request)
         else:
             self._store.clear()
+            session.clears += 1
             session.requests.clear()
 
     def _take(self, sender: bytes, session: _Session, parcel: Parcel) -> None:
@@ -197,18 +211,43 @@ class ShadowServer:
     def _resync(self, sender: bytes, reason: str) -> None:
         session = self._sessions[sender]
         self._reject(f"session of worker group {session.hello.group} (epoch {session.hello.epoch}) ended: {reason}")
+        self._begin_again(sender, reason)
+
+    def _begin_again(self, sender: bytes, reason: str) -> None:
+        session = self._sessions[sender]
         self._close(sender)
         self._send(sender, Resync(session=session.hello.session, reason=reason))
 
     def _acknowledge(self) -> None:
-        for sender, session in self._sessions.items():
-            if session.acknowledge:
+        dropped = self._store.take_dropped()
+        for sender, session in list(self._sessions.items()):
+            if session.clears != self._store.clears:
+                # It believes that we hold what we do not, and would never send it again.
+                self._begin_again(sender, "the store was emptied")
+                continue
+            # Whoever sent it, others may count on it too.
+            session.gone += dropped
+            if session.acknowledge or session.gone:
                 session.acknowledge = False
                 ack = Ack(session=session.hello.session, sequence=session.next_sequence - 1, gone=session.gone)
                 session.gone = []
                 self._send(sender, ack)
         self._counters.store_tokens = len(self._store) * self._layout.block_tokens
         self._counters.evicted_tokens = self._store.evicted * self._layout.block_tokens
+
+    def _look_at_the_time(self) -> None:
+        now = time.monotonic()
+        if now - self._looked_at < STOP_POLL / 1000:
+            return
+        self._looked_at = now
+        self._store.expire()
+        for session in self._sessions.values():
+            if session.requests and now - session.heard_at > SILENCE:
+                # It died, or sends to another: its requests must not keep those out that run. If it is only slow,
+                # they are running again with its next parcel.
+                for request in session.requests:
+                    self._store.end(request)
+                session.requests.clear()
 
     def _send(self, receiver: bytes, message: FromStore) -> None:
         try:

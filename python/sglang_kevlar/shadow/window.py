@@ -31,11 +31,16 @@ class Window:
 
 
 def create(name: str, size: int) -> Window:
+    """Raises OSError when there is no room for it."""
     path = f"{DIRECTORY}/{name}"
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     try:
-        os.ftruncate(descriptor, size)
+        # Takes the memory now: if there is too little (a container has 64 MiB by default), writing would end the rank.
+        os.posix_fallocate(descriptor, 0, size)
         return Window(mmap.mmap(descriptor, size), size)
+    except OSError:
+        remove(name)
+        raise
     finally:
         os.close(descriptor)
 
