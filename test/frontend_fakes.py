@@ -88,6 +88,7 @@ class FakeChannel:
         self.world, self.group, self.epoch, self.capacity = world, group, epoch, capacity
         self.up_to_date = False
         self.given_up = False
+        self.heir = None
         self.suspect = False
         self.received = 0
         self.closed = False

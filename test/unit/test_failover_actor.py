@@ -401,3 +401,22 @@ def test_a_mismatch_ends_the_request_by_name_and_on_the_group():
         assert w.inputs[1 - group][-1].rid == wire and not w.actor.requests
 
     play(script)
+
+
+def test_a_moved_request_goes_to_the_group_that_has_its_shadow() -> None:
+    """Also when something was routed anew between the loss and its turn."""
+
+    async def script(world: World) -> None:
+        await world.ready(0, 1, 2)
+        world.submit("b", prompt=50)  # makes group 0 the busiest, so that its heir is not the least loaded
+        for rid in ("c", "d", "e", "f"):
+            world.submit(rid, prompt=3)
+        lost = world.attempt("b").group
+        heir = (lost + 1) % 3
+        assert [plan.target for plan in world.plans[lost]][-1] == (heir, 1)
+        world.lose(lost)
+        world.actor.route()
+        await asyncio.sleep(0.1)
+        assert world.attempt("b").group == heir
+
+    play(script, KevlarArgs(worker_groups=3))

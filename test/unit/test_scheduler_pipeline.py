@@ -15,6 +15,7 @@ pytest.importorskip("sglang")
 
 from sglang.srt.managers.scheduler import Scheduler  # noqa: E402
 
+from sglang_kevlar.worker.forced_decode import ForcedDecode  # noqa: E402
 from sglang_kevlar.worker.scheduler import KevlarScheduler  # noqa: E402
 
 
@@ -55,6 +56,7 @@ def test_a_later_stage_waits_for_the_one_before(monkeypatch: pytest.MonkeyPatch,
     beats = Beats()
     monkeypatch.setattr(KevlarScheduler, "heartbeat", beats)
     stage._later_stage, stage._in_flight, stage.shadow = later, deque(maxlen=2), None
+    stage._forced = ForcedDecode(SimpleNamespace(forward_batch_generation=None))
 
     stage.ingest_requests()
     stage._pp_recv_proxy_tensors()

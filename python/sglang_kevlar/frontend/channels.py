@@ -42,6 +42,8 @@ class GroupChannel:
         self.up_to_date = False
         #: it is about to be fenced
         self.given_up = False
+        #: the group that had its shadow when it was given up
+        self.heir: int | None = None
         #: something is wrong with it that is not yet proven
         self.suspect = False
         #: messages handled so far

@@ -249,12 +249,15 @@ class Failover:
             self.send(channel, plan)
 
     def _stop_routing(self, channel: GroupChannel) -> None:
-        self.router.remove(channel.group, self._shadows.targets.get(channel.group) if channel.given_up else None)
+        self.router.remove(channel.group, channel.heir)
         self._metrics.group(channel.group, ready=False, epoch=channel.epoch)
 
     def _give_up(self, channel: GroupChannel) -> None:
         """Nothing more goes to a group that is about to be fenced."""
-        channel.given_up = True
+        if not channel.given_up:
+            channel.given_up = True
+            # Now: the next plan does not know this group any more.
+            channel.heir = self._shadows.targets.get(channel.group)
         self._stop_routing(channel)
 
     def _add(self, channel: GroupChannel) -> None:
@@ -290,9 +293,8 @@ class Failover:
             detect_ms=event.detect_s * 1e3,
             rids=[entry.rid for entry in entries],
         )
-        heir = self._shadows.targets.get(event.group)
         for entry in entries:
-            self._redirect(self.requests[entry.rid], heir)
+            self._redirect(self.requests[entry.rid], channel.heir)
         self.route()
 
     def _redirect(self, request: InFlight, heir: int | None) -> None:
