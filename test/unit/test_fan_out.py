@@ -43,8 +43,10 @@ class Groups:
         self.undone.append((request, set(failed)))
 
     async def call(self, request: Any, *answers: tuple[tuple[int, int], Any]) -> list[Any]:
+        sent = len(self.sent)
         call = asyncio.ensure_future(self.ask(request))
-        await asyncio.sleep(0.001)
+        while len(self.sent) == sent:
+            await asyncio.sleep(0)
         for member, answer in answers:
             self.ask.on_answer(member, answer)
         return await call
@@ -130,7 +132,8 @@ def test_a_group_lost_meanwhile_is_not_waited_for():
     async def main() -> None:
         groups = Groups(A, B)
         call = asyncio.ensure_future(groups.ask("x"))
-        await asyncio.sleep(0.001)
+        while not groups.sent:
+            await asyncio.sleep(0)
         groups.ask.on_answer(A, Answer(who="a"))
         groups.ask.on_group_lost(B)
         assert [answer.who for answer in await call] == ["a"]
@@ -142,7 +145,8 @@ def test_an_answer_of_a_group_that_was_lost_afterwards_does_not_count():
     async def main() -> None:
         groups = Groups(A, B)
         call = asyncio.ensure_future(groups.ask("x"))
-        await asyncio.sleep(0.001)
+        while not groups.sent:
+            await asyncio.sleep(0)
         groups.ask.on_answer(B, Answer(success=False))
         groups.ask.on_group_lost(B)
         groups.ask.on_answer(A, Answer(who="a"))
@@ -156,7 +160,8 @@ def test_all_groups_lost():
     async def main() -> None:
         groups = Groups(A)
         call = asyncio.ensure_future(groups.ask("x"))
-        await asyncio.sleep(0.001)
+        while not groups.sent:
+            await asyncio.sleep(0)
         groups.ask.on_group_lost(A)
         with pytest.raises(HTTPException) as raised:
             await call

@@ -143,8 +143,10 @@ class Failover:
 
     async def first_group(self) -> None:
         """Right after the start of this process, wait (a little) for a group to be found."""
+        if self._first_serves.is_set():
+            return
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(0 if self._first_serves.is_set() else FIRST_GROUP_TIMEOUT):
+            async with asyncio.timeout(FIRST_GROUP_TIMEOUT):
                 await self._first_serves.wait()
 
     # ---- membership ----------------------------------------------------------------------------------------------

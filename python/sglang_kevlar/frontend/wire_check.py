@@ -38,7 +38,7 @@ class Unsendable(ValueError):
 
 
 def check_request(message: TokenizedGenerateReqInput | TokenizedEmbeddingReqInput) -> None:
-    """Raises Unsendable, naming the request. Costs one encoding and one decoding: about 15 us, and a copy."""
+    """Raises Unsendable, naming the request. Costs one encoding and one decoding: 5 to 10 us for 2,000 tokens."""
     try:
         if message.rid.startswith(HEALTH_CHECK_RID_PREFIX):
             # Upstream answers nothing to such an id: its client would wait for ever.
