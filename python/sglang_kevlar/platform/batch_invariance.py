@@ -53,6 +53,10 @@ def enable(enable_bmm: bool = True) -> None:
         _library.impl("addmm", addmm, "CPU")
 
 
+def enabled() -> bool:
+    return _library is not None
+
+
 def mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     out = a.new_empty(a.shape[0], b.shape[1])
     whole = a.shape[0] // BLOCK_ROWS * BLOCK_ROWS

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sglang_kevlar.platform import batch_invariance, seeded_sampling, threads
+from sglang_kevlar.platform import batch_invariance, prefix_attention, seeded_sampling, threads
 
 #: modules that copy small tensors to the device through pinned memory, whatever the platform says
 _PINNING = ("sglang.srt.lora.layers", "sglang.srt.lora.backend.torch_backend")
@@ -40,6 +40,11 @@ def register_cpu_hooks() -> None:
     _replace("sglang.srt.distributed.bootstrap", "_bind_threads_if_cpu", _bind_threads)
     # On arm64 it calls sgl_kernel whether it is there or not.
     _replace("sglang.srt.distributed.bootstrap", "_init_cpu_threads_env", _no_thread_environment)
+    backend = _find("sglang.srt.layers.attention.torch_native_backend", "TorchNativeAttnBackend")
+    try:
+        backend._run_sdpa_forward_extend = prefix_attention.make_extend(backend._run_sdpa_forward_extend)
+    except AttributeError as error:
+        raise RuntimeError(f"sglang's torch_native attention has changed; the CPU platform replaces {error}") from error
     unpinned = _UnpinnedTorch()
     for module in _PINNING:
         _replace(module, "torch", unpinned)

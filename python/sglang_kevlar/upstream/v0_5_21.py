@@ -421,6 +421,12 @@ _CPU_SEAMS = (
         alloc_extend="prefix_lens prefix_lens_cpu seq_lens seq_lens_cpu last_loc extend_num_tokens num_new_pages",
         alloc_decode="seq_lens seq_lens_cpu last_loc",
     ),
+    _seam(
+        "srt.layers.attention.torch_native_backend:TorchNativeAttnBackend._run_sdpa_forward_extend",
+        _CPU,
+        signature="self query output k_cache v_cache req_to_token req_pool_indices seq_lens extend_prefix_lens "
+        "extend_seq_lens encoder_lens scaling enable_gqa causal is_cross_attn sliding_window_size",
+    ),
     _seam("srt.layers.sampler:murmur_hash32", _CPU, signature="seed positions col_indices"),
     _seam("srt.layers.sampler:multinomial_with_seed", _CPU, signature="logprobs seed positions"),
     _seam("srt.layers.sampler:sampling_from_probs_torch", _CPU, signature="probs sampling_seed positions"),
