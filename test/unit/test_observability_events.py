@@ -71,8 +71,8 @@ def test_one_line_per_failover_with_its_final_counts(world: World, lines: Any) -
     world.events.gone("d")
     assert world.events.history()[0]["recomputed_tokens"] == 0
     world.now += 0.03
-    world.events.resumed("a", 500)
-    world.events.resumed("b", 30)
+    world.events.resumed("a", 500, 0)
+    world.events.resumed("b", 30, 470)
     assert not lines("failover")
     world.events.refused("c", "no_group", "no worker group within 60 s")
     assert lines("failover") == [
@@ -85,6 +85,7 @@ def test_one_line_per_failover_with_its_final_counts(world: World, lines: Any) -
             "detect_ms": 20.0,
             "redirected": 2,
             "recomputed_tokens": 530,
+            "restored_tokens": 470,
             "held": 1,
             "refused": ["c"],
             "refused_count": 1,
@@ -99,6 +100,7 @@ def test_one_line_per_failover_with_its_final_counts(world: World, lines: Any) -
             "detect_ms": 20.0,
             "redirected": 2,
             "recomputed_tokens": 530,
+            "restored_tokens": 470,
         }
     ]
     assert [(line["rid"], line["group"], line["delivered_tokens"]) for line in lines("redirect")] == [
@@ -114,13 +116,13 @@ def test_metrics_of_a_failover(world: World) -> None:
     world.now += 2.0
     world.events.redirected("a", group=1, epoch=1, delivered_tokens=1)
     world.now += 0.5
-    world.events.resumed("a", 40)
-    world.events.resumed("a", 40)
+    world.events.resumed("a", 40, 7)
+    world.events.resumed("a", 40, 7)
     world.events.refused("b", "poison", "two groups died under it")
     assert world.metrics.of("failover") == [(0, "signal", 0.02)]
     assert world.metrics.of("redirect") == [(0,)]
     # From the loss, not from its detection, to the next token.
-    assert world.metrics.of("resumed") == [(pytest.approx(2.52), 40)]
+    assert world.metrics.of("resumed") == [(pytest.approx(2.52), 40, 7)]
     assert world.metrics.of("hold") == [(pytest.approx(2.0),)]
     assert world.metrics.of("held") == [(1,), (0,)]
     assert world.metrics.of("refused") == [("poison",)]
@@ -137,7 +139,7 @@ def test_request_lost_again_before_it_resumed_belongs_to_the_later_failover(worl
     world.lose("a", group=1, epoch=1)
     assert [(line["group"], line["redirected"]) for line in lines("failover")] == [(0, 1)]
     world.events.redirected("a", group=2, epoch=1, delivered_tokens=5)
-    world.events.resumed("a", 9)
+    world.events.resumed("a", 9, 0)
     assert [(line["group"], line["recomputed_tokens"]) for line in lines("failover")] == [(0, 0), (1, 9)]
 
 
@@ -146,7 +148,7 @@ def test_new_requests_that_wait_or_are_refused_need_no_failover(world: World, li
     world.now += 1
     world.events.dispatched("n")
     world.events.refused("full", "queue_full", "4096 requests wait")
-    world.events.resumed("n", 1)
+    world.events.resumed("n", 1, 0)
     world.events.redirected("n", group=1, epoch=1, delivered_tokens=0)
     world.events.gone("n")
     assert world.metrics.of("hold") == [(pytest.approx(1.0),)]
@@ -160,7 +162,7 @@ def test_history_is_bounded_and_what_it_drops_is_written(world: World, lines: An
         world.lose()
     assert len(world.events.history()) == HISTORY
     assert [line["unsettled"] for line in lines("failover")].count(1) == 1
-    world.events.resumed("stuck", 1)
+    world.events.resumed("stuck", 1, 0)
     assert not world.metrics.of("resumed")
 
 

@@ -40,8 +40,17 @@ def test_every_metric_is_exported(tmp_path: Path) -> None:
     got = values(
         START
         + """
-m.failover(0, "signal", 0.02); m.redirect(0); m.redirect(0); m.resumed(0.03, 500); m.refused("no_group")
+m.failover(0, "signal", 0.02); m.redirect(0); m.redirect(0); m.resumed(0.03, 500, 70); m.refused("no_group")
 m.hold(1.5); m.held(3); m.group(0, ready=False, epoch=4); m.group(1, ready=True, epoch=2)
+from sglang_kevlar.frontend.shadow_status import ShadowReader
+from sglang_kevlar.protocol.shadow import ShadowCounters
+from types import SimpleNamespace
+import msgspec, os
+file_name = os.environ["PROMETHEUS_MULTIPROC_DIR"] + "/counters"
+paths = SimpleNamespace(shadow_counters=lambda *at: file_name)
+with open(file_name, "wb") as file:
+    file.write(msgspec.json.encode(ShadowCounters(lag_tokens=9, lag_ms=250.0, token_bytes=4, lookups=3, hits=2)))
+m.shadow(1, ShadowReader(SimpleNamespace(tp_size=1, pp_size=1), paths).gauges(1, 2))
 """,
         tmp_path,
     )
@@ -49,6 +58,10 @@ m.hold(1.5); m.held(3); m.group(0, ready=False, epoch=4); m.group(1, ready=True,
         'failovers_total{cause="signal",group="0"}': 1,
         'redirects_total{group="0"}': 2,
         "recomputed_tokens_total": 500,
+        "restored_tokens_total": 70,
+        'shadow_lag_tokens{group="1"}': 9,
+        'shadow_lag_seconds{group="1"}': 0.25,
+        'shadow_store_hits{group="1"}': 2,
         'refused_requests_total{kind="no_group"}': 1,
         "held_requests": 3,
         'group_ready{group="0"}': 0,

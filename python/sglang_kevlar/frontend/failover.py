@@ -471,7 +471,8 @@ class Failover:
         if request.outcome is not None and len(tokens):
             request.outcome.first_token = True
         if entry.redirects and len(tokens):
-            self.events.resumed(entry.rid, request.recomputed_now)
+            restored = entry.context_tokens - len(tokens) - request.recomputed_now
+            self.events.resumed(entry.rid, request.recomputed_now, restored)
 
     # ---- requests out --------------------------------------------------------------------------------------------
 

@@ -43,7 +43,7 @@ from sglang_kevlar.frontend.loads import GroupLoadReader
 from sglang_kevlar.frontend.monitor import GroupMonitor
 from sglang_kevlar.frontend.outcome import Failure, RequestOutcome, outcome_of
 from sglang_kevlar.frontend.replay import RunTimeChanges
-from sglang_kevlar.frontend.shadows import ShadowReader
+from sglang_kevlar.frontend.shadow_status import ShadowReader
 from sglang_kevlar.frontend.wire_check import Unsendable, check_request
 from sglang_kevlar.observability.events import FailoverEvents
 from sglang_kevlar.observability.metrics import NoMetrics, PrometheusMetrics, forget_dead_processes
@@ -52,6 +52,9 @@ from sglang_kevlar.worker.resume import register_wire_types
 
 logger = logging.getLogger(__name__)
 Json: TypeAlias = dict[str, Any]
+
+#: seconds between two looks at what the groups say of their shadows
+SHADOW_METRICS_INTERVAL = 2.0
 
 #: the HTTP request whose sub-requests are being registered; None for Engine and internal requests
 _current_outcome: contextvars.ContextVar[RequestOutcome | None] = contextvars.ContextVar("outcome", default=None)
@@ -78,7 +81,7 @@ class KevlarTokenizerManager(TokenizerManager, Host):
         self.send_to_scheduler = None
         self.tokenizer_ipc_name = None
         groups = range(self.plan.kevlar.worker_groups)
-        metrics = PrometheusMetrics(groups) if self.enable_metrics else NoMetrics()
+        self._metrics = metrics = PrometheusMetrics(groups) if self.enable_metrics else NoMetrics()
         self.monitor = GroupMonitor(self.paths, self.plan.kevlar, self._on_membership)
         self.failover = Failover(
             host=self,
@@ -119,7 +122,17 @@ class KevlarTokenizerManager(TokenizerManager, Host):
         if self._changes.inherited:
             await self._take_over_changes()
         self.monitor.start()
+        if self.enable_metrics:
+            self.asyncio_tasks.add(asyncio.create_task(self._watch_shadows()))
         await self.failover.run()
+
+    async def _watch_shadows(self) -> None:
+        while True:
+            for group in self.monitor.snapshot():
+                gauges = self._shadows.gauges(group["id"], group["epoch"])
+                if gauges is not None:
+                    self._metrics.shadow(group["id"], gauges)
+            await asyncio.sleep(SHADOW_METRICS_INTERVAL)
 
     async def _take_over_changes(self) -> None:
         """Know what a frontend before this one changed: the groups that run have it, those that start will get it."""

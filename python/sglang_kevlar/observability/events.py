@@ -38,6 +38,7 @@ class _Failover:
     pending: set[str]
     redirected: int = 0
     recomputed_tokens: int = 0
+    restored_tokens: int = 0
     held: int = 0
     refused: list[str] = field(default_factory=list)
 
@@ -49,6 +50,7 @@ class _Failover:
             "detect_ms": round(self.detect_ms, 3),
             "redirected": self.redirected,
             "recomputed_tokens": self.recomputed_tokens,
+            "restored_tokens": self.restored_tokens,
         }
 
 
@@ -112,13 +114,17 @@ class FailoverEvents:
             delivered_tokens=delivered_tokens,
         )
 
-    def resumed(self, rid: str, recomputed_tokens: int) -> None:
-        """The first token of a redirected request after its redirect. Others are ignored, at the cost of a lookup."""
+    def resumed(self, rid: str, recomputed_tokens: int, restored_tokens: int) -> None:
+        """The first token of a redirected request after its redirect. Others are ignored, at the cost of a lookup.
+
+        ``restored_tokens``: of its context, those whose KV the group found: in its shadow store or in its own tree.
+        """
         record = self._record(rid)
         if record is None:
             return
         record.recomputed_tokens += recomputed_tokens
-        self._metrics.resumed(self._clock() - record.lost_at, recomputed_tokens)
+        record.restored_tokens += restored_tokens
+        self._metrics.resumed(self._clock() - record.lost_at, recomputed_tokens, restored_tokens)
         self._settle(rid)
 
     def held(self, rid: str) -> None:
@@ -190,6 +196,7 @@ class FailoverEvents:
             detect_ms=round(record.detect_ms, 3),
             redirected=record.redirected,
             recomputed_tokens=record.recomputed_tokens,
+            restored_tokens=record.restored_tokens,
             held=record.held,
             refused=[rid[:RID_CHARS] for rid in record.refused[:REFUSED_LISTED]],
             refused_count=len(record.refused),

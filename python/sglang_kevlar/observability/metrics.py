@@ -21,6 +21,21 @@ DETECTION_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1,
 STALL_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 HOLD_BUCKETS = (0.01, 0.05, 0.1, 0.5, 1, 2.5, 5, 10, 20, 30, 45, 60, 120)
 
+#: of the shadow of each group; they start from zero with each epoch of it
+SHADOW_GAUGES = {
+    "lag_tokens": "Valid KV that the shadow lacks, in tokens; of the rank furthest behind.",
+    "lag_seconds": "Age of the oldest KV on its way to the shadow.",
+    "sent_bytes": "Sent to the shadow by all ranks since the group started.",
+    "saved_tokens": "Not sent, because the shadow had them: shared prefixes.",
+    "dropped_tokens": "Not sent, because they had left the cache before their turn came.",
+    "store_tokens": "Tokens of other groups that this group keeps.",
+    "store_capacity_tokens": "Tokens of other groups that it has room for.",
+    "store_lookups": "Times that a prefix was looked for in its store.",
+    "store_hits": "Times that it was found there.",
+    "promoted_tokens": "Tokens it took from its store into its KV pool.",
+    "rejected_frames": "Messages of the shadow stream that its ranks did not accept.",
+}
+
 
 class NoMetrics:
     """Metrics are off. Also the list of what can be recorded."""
@@ -31,7 +46,7 @@ class NoMetrics:
     def redirect(self, group: int) -> None:
         """A request left ``group``."""
 
-    def resumed(self, stall_s: float, recomputed_tokens: int) -> None:
+    def resumed(self, stall_s: float, recomputed_tokens: int, restored_tokens: int) -> None:
         """``stall_s``: from the loss to the next token of a redirected request."""
 
     def refused(self, kind: str) -> None: ...
@@ -43,6 +58,9 @@ class NoMetrics:
         """Requests that are held now."""
 
     def group(self, group: int, *, ready: bool, epoch: int) -> None: ...
+
+    def shadow(self, group: int, values: dict[str, float]) -> None:
+        """What a group says of its shadow now; ``values`` by the names in SHADOW_GAUGES."""
 
 
 class PrometheusMetrics(NoMetrics):
@@ -75,10 +93,12 @@ class PrometheusMetrics(NoMetrics):
         self._failovers = counter("failovers_total", "Worker groups lost.", ("group", "cause"))
         self._redirects = counter("redirects_total", "Requests taken from a lost worker group.", ("group",))
         self._recomputed = counter("recomputed_tokens_total", "Tokens computed again for redirected requests.")
+        self._restored = counter("restored_tokens_total", "Tokens of redirected requests whose KV was there.")
         self._refused = counter("refused_requests_total", "Requests ended with an error by the failover.", ("kind",))
         self._held = gauge("held_requests", "Requests that wait for a worker group.")
         self._ready = gauge("group_ready", "1 while the worker group serves.", ("group",))
         self._epoch = gauge("group_epoch", "Incarnation of the worker group.", ("group",))
+        self._shadow = {name: gauge(f"shadow_{name}", text, ("group",)) for name, text in SHADOW_GAUGES.items()}
         self._detection = histogram("detection_seconds", "From the failure to its detection.", DETECTION_BUCKETS)
         self._stall = histogram(
             "redirect_stall_seconds", "From the loss of its group to the next token of a request.", STALL_BUCKETS
@@ -95,9 +115,10 @@ class PrometheusMetrics(NoMetrics):
     def redirect(self, group: int) -> None:
         self._redirects.labels(group).inc()
 
-    def resumed(self, stall_s: float, recomputed_tokens: int) -> None:
+    def resumed(self, stall_s: float, recomputed_tokens: int, restored_tokens: int) -> None:
         self._stall.observe(stall_s)
         self._recomputed.inc(recomputed_tokens)
+        self._restored.inc(restored_tokens)
 
     def refused(self, kind: str) -> None:
         self._refused.labels(kind).inc()
@@ -111,6 +132,10 @@ class PrometheusMetrics(NoMetrics):
     def group(self, group: int, *, ready: bool, epoch: int) -> None:
         self._ready.labels(group).set(int(ready))
         self._epoch.labels(group).set(epoch)
+
+    def shadow(self, group: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self._shadow[name].labels(group).set(value)
 
 
 def forget_dead_processes(directory: str) -> None:

@@ -134,6 +134,8 @@ class ShadowCounters(msgspec.Struct, kw_only=True):
     off: str = ""
     #: valid KV of running requests that the target has not acknowledged
     lag_tokens: int = 0
+    #: age of the oldest of them that was copied
+    lag_ms: float = 0.0
     token_bytes: int = 0
     sent_tokens: int = 0
     sent_bytes: int = 0

@@ -13,7 +13,7 @@ import time
 import zlib
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 import zmq
@@ -62,6 +62,8 @@ class Piece:
     #: token of the copy at which they begin
     first: int
     request: bytes | None
+    #: when it was copied, monotonic seconds
+    at: float = field(default_factory=time.monotonic)
 
 
 @dataclass
@@ -118,6 +120,8 @@ class ShadowSender:
         self._opened_at = self._progress_at = 0.0
         self._wrong_at = -2 * PAUSE
         self._sent_sequence = 0
+        #: parcels that are not acknowledged, and when their KV was copied
+        self._unacknowledged: deque[tuple[int, float]] = deque()
         #: when the next parcel may go
         self._not_before = 0.0
         self._stopping = False
@@ -292,6 +296,7 @@ class ShadowSender:
             if isinstance(message, Accept) and message.session == self._session:
                 window.remove(self._session)  # it is mapped on both sides
                 self._sent_sequence = 0
+                self._unacknowledged.clear()
                 self.link = ShadowLink(self.window_bytes)
                 self._counters.to, self._counters.linked = (target.group, target.epoch), True
                 logger.info("KV is shadowed to worker group %d (epoch %d)", target.group, target.epoch)
@@ -303,6 +308,8 @@ class ShadowSender:
             elif isinstance(message, Ack) and message.session == self._session and self.link is not None:
                 tokens, _ = self.link.acknowledge(message.sequence, message.gone)
                 self._counters.shadowed_tokens += tokens
+                while self._unacknowledged and self._unacknowledged[0][0] <= message.sequence:
+                    self._unacknowledged.popleft()
 
     def _work(self) -> None:
         while self._queue:
@@ -332,6 +339,7 @@ class ShadowSender:
         if self.link.oldest == self._sent_sequence:
             self._progress_at = time.monotonic()  # nothing was to be answered until now
         sequence = self._next_sequence()
+        self._unacknowledged.append((sequence, piece.at))
         out = self._window.bytes[room : room + size].reshape(len(piece.keys), -1)
         pack(piece.staged.wait(), piece.first, len(piece.keys), self._layout.block_tokens, out)
         self._say(
@@ -351,12 +359,19 @@ class ShadowSender:
             self._not_before = time.monotonic() + size / self._bandwidth
         return True
 
+    def _lag_ms(self) -> float:
+        """Age of the oldest copy that the target has not acknowledged."""
+        pending = [at for _, at in list(self._unacknowledged)[:1]]
+        pending += [item.at for link, item in list(self._queue)[:1] if link is self.link and isinstance(item, Piece)]
+        return round((time.monotonic() - min(pending)) * 1e3, 1) if self.link is not None and pending else 0.0
+
     def _next_sequence(self) -> int:
         self._sent_sequence += 1
         return self._sent_sequence - 1
 
     def _write_counters(self) -> None:
         self._counters.token_bytes = self._layout.token_bytes
+        self._counters.lag_ms = self._lag_ms()
         data = msgspec.json.encode(self._counters)
         if data == self._written:
             return
