@@ -143,9 +143,9 @@ REMARKS: dict[str, str] = {
     "exact with overlap too.",
     "enable_deterministic_inference": "Makes seeded sampling exact across a failover; without it SGLang "
     "ignores `sampling_seed`.",
-    "dtype": "In bf16 and fp16 a moved request keeps its delivered tokens, but its later greedy tokens may differ "
-    "from an undisturbed run, because prefill and decode round differently. float32 is exact.",
-    "kv_cache_dtype": "As for `--dtype`: the KV of a moved request is computed again.",
+    "dtype": "float32 is exact. In bf16 and fp16 a moved request goes on as it would have only with the shadow, and "
+    "not when it has to be prefilled again: prefill and decode round differently.",
+    "kv_cache_dtype": "Of all groups: the shadow is of this type. fp8 is not tested.",
     "enable_lora": "Adapters loaded at run time are loaded again into a restarted group.",
     "lora_paths": "Ids are the same in all groups.",
     "enable_custom_logit_processor": "A processor sees all tokens of a moved request; what it keeps elsewhere is lost.",
