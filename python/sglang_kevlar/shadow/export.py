@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 DECODE_INTERVAL = 8
 #: finished sequences remembered, to be sent to a new target
 FINISHED_KEPT = 1024
+#: how often a running request's KV is sent again after the target has lost some of it: a full store loses it anew
+SENT_AGAIN = 2
 #: the least room worth a copy of finished sequences' KV, as a share of the window
 CATCH_UP_SHARE = 0.25
 
@@ -34,7 +36,7 @@ CATCH_UP_SHARE = 0.25
 class _Sequence:
     """A request's tokens and the keys of their blocks."""
 
-    __slots__ = ("cache_salt", "chain", "content", "extra_key", "link", "rid", "sent", "tokens")
+    __slots__ = ("cache_salt", "chain", "content", "extra_key", "link", "rid", "sent", "sent_again", "tokens")
 
     def __init__(self, req: Req, content: str, block: int) -> None:
         self.content = content
@@ -45,8 +47,25 @@ class _Sequence:
         #: the first so many blocks are at the target of this link, or on their way
         self.link: ShadowLink | None = None
         self.sent = 0
+        #: times that the target had lost some of them
+        self.sent_again = 0
         #: all tokens with KV; once the request has finished
         self.tokens: array[int] = array("q")
+
+    def follow(self, link: ShadowLink) -> None:
+        if self.link is not link:
+            self.link, self.sent, self.sent_again = link, 0, 0
+
+    def is_whole_at_target(self) -> bool:
+        """False when nothing more can be added there: the target has lost what was sent, and did so before."""
+        assert self.link is not None
+        if self.sent == 0 or self.chain.keys[self.sent - 1] in self.link.known:
+            return True
+        if self.sent_again == SENT_AGAIN:
+            return False
+        self.sent_again += 1
+        self.sent = self.link.missing(self.chain.keys, 0)
+        return True
 
 
 class Exporter:
@@ -159,11 +178,12 @@ class Exporter:
             if sequence.content != self.content:
                 continue
             blocks = tokens // self._block
-            if sequence.link is not link:
-                sequence.link, sequence.sent = link, 0
+            sequence.follow(link)
             if blocks > len(sequence.chain.keys):
                 done = len(sequence.chain.keys) * self._block
                 sequence.chain.grow(_tokens(req, done, blocks * self._block))
+            if not sequence.is_whole_at_target():
+                continue
             first = link.missing(sequence.chain.keys[:blocks], sequence.sent)
             self._counters.saved_tokens += (first - sequence.sent) * self._block
             sequence.sent = first
@@ -175,7 +195,14 @@ class Exporter:
             wanted.sort(key=lambda item: item[0], reverse=True)
             room = self._sender.room()
             copies = []
-            for blocks, first, req, sequence in wanted:
+            for blocks, missing, req, sequence in wanted:
+                # What a request before it in this batch shares with it is on its way.
+                first = link.missing(sequence.chain.keys[:blocks], missing)
+                self._counters.saved_tokens += (first - missing) * self._block
+                lag -= (first - missing) * self._block
+                sequence.sent = first
+                if first == blocks:
+                    continue
                 last = min(blocks, first + room)
                 if last == first:
                     break
@@ -183,6 +210,7 @@ class Exporter:
                 lag -= (last - first) * self._block
                 slots = self._req_to_token[req.kv.req_pool_idx, first * self._block : last * self._block]
                 copies.append((sequence, first, last, slots, sequence.rid))
+                link.known.update(sequence.chain.keys[first:last])
             self._copy(copies, link)
         self._counters.lag_tokens = lag + self._sender.waiting_tokens
 
@@ -231,8 +259,7 @@ class Exporter:
         while self._behind:
             room = self._sender.room()
             sequence = self._behind[-1]
-            if sequence.link is not link:
-                sequence.link, sequence.sent = link, 0
+            sequence.follow(link)
             done = len(sequence.chain.keys) * self._block
             sequence.chain.grow(sequence.tokens[done:])
             keys = sequence.chain.keys
