@@ -102,6 +102,9 @@ class Server:
             for pid in pids:
                 os.kill(pid, sig)
 
+    def frontend_pid(self) -> int:
+        return next(pid for pid in self.descendants() if b"frontend.main" in Path(f"/proc/{pid}/cmdline").read_bytes())
+
     def serving_group(self) -> int:
         """A group that is running requests."""
         status = self.wait(lambda s: any(g["running"] for g in s["groups"]), "running request", 30)

@@ -209,7 +209,7 @@ def test_a_dead_frontend_finds_its_groups_running(server: Server) -> None:
 
 
 def replace_frontend(server: Server) -> None:
-    frontend = next(pid for pid in server.descendants() if b"frontend.main" in cmdline(pid))
+    frontend = server.frontend_pid()
     os.kill(frontend, signal.SIGKILL)
     server.wait(lambda s: s["uptime_s"] < 60 and all(g["state"] == "ready" for g in s["groups"]), "new frontend")
     server.wait_ready()
