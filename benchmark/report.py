@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import datetime
 import json
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +71,19 @@ def describe(before: dict[str, Any]) -> str:
     """One line for above the tables."""
     load = f"load before {before['load'][0]:.1f}, at the end {os.getloadavg()[0]:.1f}"
     return f"{before['at']}, commit {before['commit']}, {before['cores']} x {before['cpu']}, {load}"
+
+
+@contextlib.contextmanager
+def keeping(name: str, options: argparse.Namespace, values: Any) -> Iterator[dict[str, Any]]:
+    """Yields what the numbers are measured on; at the end, however it comes, ``values`` are saved, if there are any."""
+    before = machine()
+    try:
+        yield before
+    finally:
+        if values:
+            plain = {option: str(value) for option, value in vars(options).items()}
+            path = save(name, {"machine": before, "options": plain, "values": values})
+            print(f"everything: {path}", file=sys.stderr)
 
 
 def save(name: str, content: dict[str, Any]) -> Path:

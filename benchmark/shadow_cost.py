@@ -125,19 +125,13 @@ def main() -> None:
     if args.quick:
         args.pairs, args.loads = 2, [8]
     exit_on_sigterm()
-    machine = report.machine()
     args.model = args.model or make_model()
     runs: dict[int, list[dict[str, Any]]] = {}
-    try:
+    with report.keeping("shadow_cost", args, runs) as machine:
         with tempfile.TemporaryDirectory(prefix="kevlar-bench-") as directory:
             with Server(args.model, args.port, Path(directory) / "log") as server:
                 server.wait_ready()
                 asyncio.run(measure(server, args, runs))
-    finally:
-        if runs:
-            options = {name: str(value) for name, value in vars(args).items()}
-            path = report.save("shadow_cost", {"machine": machine, "options": options, "runs": runs})
-            print(f"everything: {path}", file=sys.stderr)
     print(f"{report.describe(machine)}\n\n{table(runs)}")
 
 

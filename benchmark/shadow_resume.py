@@ -126,20 +126,14 @@ def main() -> None:
     if args.quick:
         args.kills, args.contexts = 1, [512, 2048]
     exit_on_sigterm()
-    machine = report.machine()
     args.model = args.model or make_model()
     flags = ["--standby-groups", "1", "--restart-backoff", "0.5", "--restart-backoff-max", "0.5"]
     rounds: list[dict[str, Any]] = []
-    try:
+    with report.keeping("shadow_resume", args, rounds) as machine:
         with tempfile.TemporaryDirectory(prefix="kevlar-bench-") as directory:
             with Server(args.model, args.port, Path(directory) / "log", *flags) as server:
                 server.wait_ready()
                 asyncio.run(measure(server, args, rounds))
-    finally:
-        if rounds:
-            options = {name: str(value) for name, value in vars(args).items()}
-            path = report.save("shadow_resume", {"machine": machine, "options": options, "rounds": rounds})
-            print(f"everything: {path}", file=sys.stderr)
     print(f"{report.describe(machine)}\n\n{table(rounds, args.contexts)}")
 
 

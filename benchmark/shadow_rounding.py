@@ -20,6 +20,7 @@ import tempfile
 from dataclasses import asdict, dataclass
 from math import comb
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 
@@ -146,9 +147,13 @@ def main() -> None:
     if args.quick:
         args.rounds = 1
     exit_on_sigterm()
-    machine = report.machine()
     ways = {"shadow": [], "token replay (--shadow-memory 0)": ["--shadow-memory", "0"]}
-    results = {name: measure(args, name, flags) for name, flags in ways.items()}
+    results: dict[str, dict[str, Count]] = {}
+    kept: dict[str, Any] = {}
+    with report.keeping("shadow_rounding", args, kept) as machine:
+        for name, flags in ways.items():
+            results[name] = measure(args, name, flags)
+            kept[name] = {run: asdict(count) for run, count in results[name].items()}
     rows = []
     for name, counts in results.items():
         again, cut = counts["again"], counts["cut"]
@@ -161,10 +166,6 @@ def main() -> None:
                 f"{cut.recomputed / cut.streams:.0f}",
             ]
         )
-    plain = {name: {run: asdict(count) for run, count in counts.items()} for name, counts in results.items()}
-    options = {name: str(value) for name, value in vars(args).items()}
-    path = report.save("shadow_rounding", {"machine": machine, "options": options, "results": plain})
-    print(f"everything: {path}", file=sys.stderr)
     head = ["resumed by", "diverged when cut", "diverged when run again", "p (one-sided)", "tokens recomputed, mean"]
     print(f"{report.describe(machine)}\n\n{report.markdown(head, rows)}")
 

@@ -69,8 +69,8 @@ def run_through_a_kill(server: Server, cases: list[Case], generated: int) -> lis
 
 
 def exported(status: dict[str, Any]) -> int:
-    """Tokens of which KV was computed and shadowed, or is about to be."""
-    return sum(group["shadow"]["sent_tokens"] + group["shadow"]["lag_tokens"] for group in status["groups"])
+    """Tokens of which KV was computed and is on its way to a shadow, or there."""
+    return sum(group["shadow"]["sent_tokens"] for group in status["groups"])
 
 
 def assert_same(expected: list[Answer], answers: list[Answer]) -> None:
@@ -107,7 +107,40 @@ def test_little_is_recomputed_whatever_the_context(server: Server) -> None:
     recomputed = sorted(answer.recomputed for answer in moved)
     print("recomputed tokens of redirected requests:", recomputed)
     assert recomputed[0] > 0
-    assert recomputed[int(len(recomputed) * 0.95) - 1] <= RECOMPUTED, recomputed
+    # 95 %, or all but one where that is fewer.
+    assert sum(count > RECOMPUTED for count in recomputed) <= max(1, 0.05 * len(recomputed)), recomputed
+
+
+@pytest.mark.timeout(900)
+def test_one_group_after_the_other(server: Server) -> None:
+    """The group that took requests over shadows them to the one that comes back, which then takes them over again."""
+    wait_linked(server)
+    cases = [request(tokens(1000, seed), 3000) for seed in range(30, 34)]
+    expected = run_all(server, cases)
+    flush(server)
+    with ThreadPoolExecutor(len(cases)) as pool:
+        running = [pool.submit(case.run, server.url) for case in cases]
+        first = server.serving_group()
+        server.wait(lambda s: s["groups"][first]["shadow"]["sent_tokens"] > 0, "shadow", 60)
+        time.sleep(1)
+        server.kill(first)
+        lost = server.wait(lambda s: s["groups"][first]["state"] != "ready", "loss of the first group", 10)
+        survivor = 1 - first
+        before = lost["groups"][survivor]["shadow"]["sent_tokens"]
+        wait_linked(server)
+        # The new target is offered everything that runs; what the counters say may be half a second old.
+        offered = before + sum(len(case.body["input_ids"]) for case in cases)
+        server.wait(lambda s: s["groups"][survivor]["shadow"]["sent_tokens"] >= offered, "snapshot", 60)
+        time.sleep(1.5)
+        server.wait(lambda s: s["groups"][survivor]["shadow"]["lag_tokens"] <= len(cases) * RECOMPUTED, "no lag", 60)
+        assert server.group(survivor)["running"] == len(cases), "they ended too soon"
+        server.kill(survivor)
+        answers = [one.result() for one in running]
+    assert_same(expected, answers)
+    twice = [answer for answer in answers if answer.redirects == 2]
+    assert twice
+    # Of both redirects together.
+    assert max(answer.recomputed for answer in twice) <= 2 * RECOMPUTED
 
 
 def lose_the_cache_of(server: Server, first: Case) -> Answer:
@@ -140,6 +173,8 @@ def test_a_follow_up_turn_hits_the_prefix_that_the_lost_group_had(server: Server
     follow_up = request([*prompt, *answer.token_ids[0], *tokens(20, 2)], 40)
     hit = follow_up.run(server.url)
     assert 1500 + 100 - RECOMPUTED <= hit.cached <= 1500 + 100
+    survivor = next(g for g in server.status()["groups"] if g["state"] == "ready")
+    server.wait(lambda s: s["groups"][survivor["id"]]["shadow"]["store"]["hits"] > 0, "a hit in the status", 10)
     # The second time it is in the group's own tree.
     assert follow_up.run(server.url).cached >= hit.cached
     cold = run_alone(server, follow_up)

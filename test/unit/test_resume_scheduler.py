@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from beats import Beats
 
 from sglang_kevlar.platform import torchvision_shim
 
@@ -158,20 +159,6 @@ def test_what_can_never_resume_is_answered_at_the_door(scheduler: Any, monkeypat
     (answer,) = scheduler.sent
     assert isinstance(answer, AbortReq) and answer.rid == "r~1"
     assert "r~1" in answer.finished_reason["message"] and "input embeddings" in answer.finished_reason["message"]
-
-
-class Beats:
-    def __init__(self) -> None:
-        self.seen: list[Any] = []
-
-    def forward(self, tokens: int) -> None:
-        self.seen.append(tokens)
-
-    def idle(self) -> None:
-        self.seen.append("idle")
-
-    def control(self) -> None:
-        self.seen.append("control")
 
 
 @pytest.fixture

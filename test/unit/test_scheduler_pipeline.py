@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from beats import Beats
 
 from sglang_kevlar.platform import torchvision_shim
 
@@ -17,23 +18,6 @@ from sglang.srt.managers.scheduler import Scheduler  # noqa: E402
 
 from sglang_kevlar.worker.forced_decode import ForcedDecode  # noqa: E402
 from sglang_kevlar.worker.scheduler import KevlarScheduler  # noqa: E402
-
-
-class Beats:
-    def __init__(self) -> None:
-        self.seen: list[Any] = []
-
-    def forward(self, tokens: int) -> None:
-        self.seen.append(tokens)
-
-    def idle(self) -> None:
-        self.seen.append("idle")
-
-    def control(self) -> None:
-        self.seen.append("control")
-
-    def wait(self) -> None:
-        self.seen.append("wait")
 
 
 def decode(requests: int) -> Any:

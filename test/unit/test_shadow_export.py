@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from array import array
 from types import SimpleNamespace
 from typing import Any
@@ -261,3 +262,46 @@ def test_what_the_target_lost_is_sent_again_but_not_for_ever(world: World) -> No
     world.sender.lose(*world.keys(req)[2:])
     world.decode(DECODE_INTERVAL * 6, req)
     assert world.keys(req)[2] not in world.sender.sent
+
+
+def test_the_end_of_a_request_is_told_once_and_only_to_who_knows_of_it(world: World) -> None:
+    short = world.request("s", list(range(20)), row=0)
+    long = world.request("l", list(range(100, 164)), row=1)
+    world.prefill(short, long)
+    world.decode(1, short, long, last=True)
+    assert world.sender.ended_requests == [b"l"]
+    del long
+    world.exporter.idle()
+    assert world.sender.ended_requests == [b"l"]
+
+
+def test_a_request_that_vanishes_ends_too(world: World) -> None:
+    """Aborted in the queue after a retraction, or between two chunks: no result of it is processed any more."""
+    req = world.request("a", list(range(64)), row=0)
+    world.prefill(req)
+    del req
+    gc.collect()
+    world.exporter.idle()
+    assert world.sender.ended_requests == [b"a"]
+
+
+def test_what_waits_for_room_is_bounded_by_what_is_remembered(world: World) -> None:
+    world.sender.blocks = 0
+    count = Rows.capacity_tokens // 64 + 20
+    for number in range(count):
+        req = world.request(f"r{number}", list(range(number * 100, number * 100 + 64)), row=number % 8)
+        world.prefill(req)
+        world.decode(1, req, last=True)
+    waiting = list(world.exporter._behind.values())
+    assert len(waiting) == Rows.capacity_tokens // 64
+    assert [sequence.rid for sequence in waiting][-1] == f"r{count - 1}".encode()
+    assert world.counters.dropped_tokens == 20 * 64
+
+
+def test_a_finished_request_of_which_the_target_lost_the_beginning_is_sent_whole(world: World) -> None:
+    req = world.request("a", list(range(64)), row=0)
+    world.prefill(req)
+    world.sender.lose(*world.keys(req))
+    world.tree.cached[tuple(range(64))] = list(range(64))
+    world.decode(1, req, last=True)
+    world.assert_holds(req, 4)

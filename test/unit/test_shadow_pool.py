@@ -79,7 +79,6 @@ def test_round_trip_through_blocks(kind, page):
     count = 3 * block
     origin, destination = slots_of(pages, page)[:count], slots_of(pages[::-1], page)[:count]
     staged = rows.read(origin.to(torch.int32))
-    assert staged.size == count * rows.token_bytes
     # What the pool holds later changes nothing in the copy.
     kept = [raw(buffer[origin]) for buffer in buffers(source)]
     for buffer in buffers(source):

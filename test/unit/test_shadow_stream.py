@@ -322,7 +322,6 @@ def test_lost_tickets_end_however_much_traffic_there_is(world, monkeypatch):
         assert time.monotonic() < end
         asking.ask(Lookup(ticket=str(number), keys=[b"unknown"]))
         number += 1
-    assert store.counters.hits == 1 and store.counters.lookups > 1
 
 
 # -- harm

@@ -19,7 +19,6 @@ class Sent:
     #: first byte behind this parcel in the ring; room up to here is free when it is acknowledged
     end: int
     tokens: int
-    size: int
 
 
 class WindowRing:
@@ -61,8 +60,8 @@ class ShadowLink:
         #: keys that the target holds, or will when what is in flight has arrived
         self.known: set[bytes] = set()
         self._in_flight: deque[Sent] = deque()
-        #: plain numbers, because the scheduler's thread reads them while the sender's changes what is in flight
-        self.in_flight_tokens = self.in_flight_bytes = 0
+        #: a plain number, because the scheduler's thread reads it while the sender's changes what is in flight
+        self.in_flight_tokens = 0
 
     @property
     def oldest(self) -> int | None:
@@ -83,24 +82,21 @@ class ShadowLink:
         if room is None:
             return None
         offset, end = room
-        self._in_flight.append(Sent(sequence, end, tokens, size))
+        self._in_flight.append(Sent(sequence, end, tokens))
         self.in_flight_tokens += tokens
-        self.in_flight_bytes += size
         return offset
 
-    def acknowledge(self, sequence: int, gone: Iterable[bytes]) -> tuple[int, int]:
+    def acknowledge(self, sequence: int, gone: Iterable[bytes]) -> int:
         """Everything up to ``sequence`` arrived; ``gone``: keys the target evicted, or could not keep.
 
-        Returns the tokens and bytes that were acknowledged. Other messages are numbered with the parcels, so
+        Returns the tokens that were acknowledged. Other messages are numbered with the parcels, so
         ``sequence`` need not be one of a parcel.
         """
-        tokens = size = 0
+        tokens = 0
         while self._in_flight and self._in_flight[0].sequence <= sequence:
             sent = self._in_flight.popleft()
             self.ring.give_back(sent.end)
             tokens += sent.tokens
-            size += sent.size
         self.in_flight_tokens -= tokens
-        self.in_flight_bytes -= size
         self.known.difference_update(gone)
-        return tokens, size
+        return tokens

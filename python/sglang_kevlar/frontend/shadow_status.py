@@ -35,6 +35,7 @@ class ShadowReader:
             return None
         store = status["store"]
         return {
+            "linked": float(status["to"] is not None),
             "lag_tokens": status["lag_tokens"],
             "lag_seconds": status["lag_ms"] / 1e3,
             "sent_bytes": status["sent_bytes"],

@@ -23,6 +23,7 @@ HOLD_BUCKETS = (0.01, 0.05, 0.1, 0.5, 1, 2.5, 5, 10, 20, 30, 45, 60, 120)
 
 #: of the shadow of each group; they start from zero with each epoch of it
 SHADOW_GAUGES = {
+    "linked": "1 while another group keeps its KV.",
     "lag_tokens": "Valid KV that the shadow lacks, in tokens; of the rank furthest behind.",
     "lag_seconds": "Age of the oldest KV on its way to the shadow.",
     "sent_bytes": "Sent to the shadow by all ranks since the group started.",

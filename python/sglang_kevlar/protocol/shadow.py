@@ -81,8 +81,6 @@ class Forget(msgspec.Struct, frozen=True, kw_only=True, tag="forget"):
 
 class Accept(msgspec.Struct, frozen=True, kw_only=True, tag="accept"):
     session: str
-    #: blocks the store has room for
-    capacity: int
 
 
 class Refuse(msgspec.Struct, frozen=True, kw_only=True, tag="refuse"):
@@ -130,9 +128,7 @@ class ShadowCounters(msgspec.Struct, kw_only=True):
     #: (group, epoch) that keeps this rank's shadow, and whether it accepted
     to: tuple[int, int] | None = None
     linked: bool = False
-    #: why there is no shadow, if there cannot be one
-    off: str = ""
-    #: valid KV of running requests that the target has not acknowledged
+    #: valid KV of running requests that the target has not acknowledged; 0 while there is none
     lag_tokens: int = 0
     #: age of the oldest of them that was copied
     lag_ms: float = 0.0
@@ -151,8 +147,9 @@ class ShadowCounters(msgspec.Struct, kw_only=True):
     store_capacity_tokens: int = 0
     evicted_tokens: int = 0
     rejected_frames: int = 0
+    #: of prefixes that the tree did not have; by the first rank, which asks for all
     lookups: int = 0
     hits: int = 0
     promoted_tokens: int = 0
-    #: CPU seconds of the scheduler's thread in shadow code, and its wall time since the start
+    #: CPU seconds of the scheduler's thread in shadow code
     scheduler_cpu_s: float = 0.0

@@ -7,8 +7,9 @@ KV stays where it is, in the pool, and is copied when there is; that of a finish
 from __future__ import annotations
 
 import time
+import weakref
 from array import array
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,7 +37,19 @@ CATCH_UP_SHARE = 0.25
 class _Sequence:
     """A request's tokens and the keys of their blocks."""
 
-    __slots__ = ("cache_salt", "chain", "content", "extra_key", "link", "rid", "sent", "sent_again", "tokens")
+    __slots__ = (
+        "__weakref__",
+        "announced",
+        "cache_salt",
+        "chain",
+        "content",
+        "extra_key",
+        "link",
+        "rid",
+        "sent",
+        "sent_again",
+        "tokens",
+    )
 
     def __init__(self, req: Req, content: str, block: int) -> None:
         self.content = content
@@ -49,12 +62,20 @@ class _Sequence:
         self.sent = 0
         #: times that the target had lost some of them
         self.sent_again = 0
+        #: runs when the request is gone without an end, so that the target hears of one; None before it knows of it
+        self.announced: weakref.finalize[Any, _Sequence] | None = None
         #: all tokens with KV; once the request has finished
         self.tokens: array[int] = array("q")
 
     def follow(self, link: ShadowLink) -> None:
         if self.link is not link:
             self.link, self.sent, self.sent_again = link, 0, 0
+            self.end()
+
+    def end(self) -> bool:
+        """Whether the target has to be told that the request is over."""
+        announced, self.announced = self.announced, None
+        return announced is not None and announced.detach() is not None
 
     def is_whole_at_target(self) -> bool:
         """False when nothing more can be added there: the target has lost what was sent, and did so before."""
@@ -90,13 +111,15 @@ class Exporter:
         #: names the weights; empty while they change
         self.content = ""
         self._decode_steps = 0
-        #: finished sequences, oldest first, by their last key's object
+        #: announced requests that vanished: aborted where no result is processed (in the queue, between two chunks)
+        self._vanished: deque[bytes] = deque()
+        #: finished sequences, oldest first
         self._finished: OrderedDict[int, _Sequence] = OrderedDict()
         self._finished_tokens = 0
         self._finished_limit = rows.capacity_tokens
         self._link: ShadowLink | None = None
-        #: finished sequences that may miss something at the target, most valuable last
-        self._behind: list[_Sequence] = []
+        #: those of them that may miss something at the target, most valuable last
+        self._behind: dict[int, _Sequence] = {}
 
     # -- called by the scheduler
 
@@ -120,9 +143,7 @@ class Exporter:
     def before_result(self, batch: ScheduleBatch) -> None:
         """A forward pass is done, and upstream has not processed its result: no slot of it is freed yet."""
         started = time.thread_time()
-        link = self._sender.link
-        if link is not self._link:
-            self._new_link(link)
+        link = self._current_link()
         if link is not None:
             if batch.forward_mode.is_decode():
                 self._decode_steps += 1
@@ -143,9 +164,7 @@ class Exporter:
 
     def idle(self) -> None:
         started = time.thread_time()
-        link = self._sender.link
-        if link is not self._link:
-            self._new_link(link)
+        link = self._current_link()
         if link is not None:
             self._catch_up(link)
             self._counters.lag_tokens = self._sender.waiting_tokens
@@ -222,6 +241,9 @@ class Exporter:
         limit = max(1, self._sender.window_bytes // 4 // (self._rows.token_bytes * self._block))
         at = 0
         for sequence, first, last, _, request in copies:
+            if request is not None and sequence.announced is None:
+                sequence.announced = weakref.finalize(sequence, self._vanished.append, request)
+                sequence.announced.atexit = False
             for start in range(first, last, limit):
                 end = min(last, start + limit)
                 keys = sequence.chain.keys[start:end]
@@ -233,7 +255,8 @@ class Exporter:
     # -- finished requests
 
     def _finish(self, req: Req, sequence: _Sequence) -> None:
-        if sequence.link is not None:
+        if sequence.end():
+            assert sequence.link is not None
             self._sender.ended(sequence.rid, sequence.link)
         # The last token was sampled and never an input: it has no KV.
         total = len(req.origin_input_ids) + len(req.output_ids) - 1
@@ -244,28 +267,36 @@ class Exporter:
         self._finished[id(sequence)] = sequence
         self._finished_tokens += len(sequence.tokens)
         while len(self._finished) > FINISHED_KEPT or self._finished_tokens > self._finished_limit:
-            _, oldest = self._finished.popitem(last=False)
+            name, oldest = self._finished.popitem(last=False)
             self._finished_tokens -= len(oldest.tokens)
-        if self._link is not None:
-            self._behind.append(sequence)
+            if self._behind.pop(name, None) is not None:
+                self._counters.dropped_tokens += len(oldest.tokens)
+        if self._link is not None and id(sequence) in self._finished:
+            self._behind[id(sequence)] = sequence
             self._catch_up(self._link)
 
-    def _new_link(self, link: ShadowLink | None) -> None:
-        self._link = link
-        self._behind = list(self._finished.values()) if link is not None else []
+    def _current_link(self) -> ShadowLink | None:
+        link = self._sender.link
+        if link is not self._link:
+            self._link = link
+            self._behind = dict(self._finished) if link is not None else {}
+        while self._vanished:
+            rid = self._vanished.popleft()
+            if link is not None:
+                self._sender.ended(rid, link)
+        return link
 
     def _catch_up(self, link: ShadowLink) -> None:
         """Send what finished requests left in the tree, the most recent first, as far as there is room."""
         while self._behind:
             room = self._sender.room()
-            sequence = self._behind[-1]
-            sequence.follow(link)
+            name, sequence = next(reversed(self._behind.items()))
             done = len(sequence.chain.keys) * self._block
             sequence.chain.grow(sequence.tokens[done:])
             keys = sequence.chain.keys
-            first = link.missing(keys, sequence.sent)
+            first = link.missing(keys, 0)
             if first == len(keys):
-                self._behind.pop()
+                del self._behind[name]
                 continue
             if room < min(len(keys) - first, self._least_room()):
                 return
@@ -273,13 +304,13 @@ class Exporter:
             cached = len(slots) // self._block
             if cached <= first:
                 self._counters.dropped_tokens += (len(keys) - first) * self._block
-                self._behind.pop()
+                del self._behind[name]
                 continue
             last = min(cached, first + room)
             self._copy([(sequence, first, last, slots[first * self._block : last * self._block], None)], link)
             if last == cached:
                 self._counters.dropped_tokens += (len(keys) - cached) * self._block
-                self._behind.pop()
+                del self._behind[name]
 
     def _least_room(self) -> int:
         return int(self._sender.window_bytes * CATCH_UP_SHARE) // (self._rows.token_bytes * self._block)

@@ -20,7 +20,6 @@ class Staged:
     def __init__(self, rows: list[torch.Tensor], arrived: Any = None) -> None:
         self._rows = rows
         self._arrived = arrived
-        self.size = sum(part.numel() * part.element_size() for part in rows)
 
     def wait(self) -> list[np.ndarray]:
         """The rows, once they are on the host. Not to be called on the scheduler's thread."""

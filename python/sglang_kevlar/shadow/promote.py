@@ -58,9 +58,12 @@ class PromoteReq:
 class Lookups:
     """The first rank's search for what can be promoted."""
 
-    def __init__(self, store: ShadowStore, block: int, tree: Any, peers: Sequence[str]) -> None:
+    def __init__(
+        self, store: ShadowStore, block: int, tree: Any, peers: Sequence[str], counters: ShadowCounters
+    ) -> None:
         """``peers``: endpoints of the other ranks' stores."""
         self._store = store
+        self._counters = counters
         self._tree = tree
         self._block = block
         self._peers = peers
@@ -89,6 +92,7 @@ class Lookups:
         first = cached // self._block
         if first >= usable:
             return None
+        self._counters.lookups += 1
         chain = KeyChain(root_key(content, extra_key, message.cache_salt), self._block)
         chain.grow(tokens[: (first + 1) * self._block])
         if chain.keys[first] not in self._store:
@@ -99,6 +103,7 @@ class Lookups:
         blocks = self._store.pin(keys, ticket)
         if blocks and self._peers:
             blocks = min(blocks, self._ask_peers(ticket, keys[:blocks]))
+        self._counters.hits += blocks > 0
         # Also when it is 0: what some ranks have pinned is released by it.
         end = (first + blocks) * self._block
         return PromoteReq(ticket, tokens[:end], extra_key, message.cache_salt, first, blocks)

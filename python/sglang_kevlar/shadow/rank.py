@@ -6,6 +6,7 @@ import itertools
 import logging
 from typing import TYPE_CHECKING, Any
 
+from sglang.srt.managers.io_struct import FlushCacheReqInput
 from sglang.srt.runtime_context import get_parallel
 
 from sglang_kevlar.control.shadow_keys import block_tokens
@@ -65,7 +66,9 @@ class RankShadow:
             self.counters,
         )
         others = [other for other in range(plan.tp_size * plan.pp_size) if other != rank]
-        self._lookups = Lookups(self._store, block, tree, [self._endpoint(group, epoch, other) for other in others])
+        self._lookups = Lookups(
+            self._store, block, tree, [self._endpoint(group, epoch, other) for other in others], self.counters
+        )
         self._promoter = Promoter(self._store, rows, block, tree, scheduler.token_to_kv_pool_allocator, self.counters)
         self._server.start()
         self._sender.start()
@@ -93,12 +96,23 @@ class RankShadow:
     def with_promotions(self, messages: list[Any]) -> list[Any]:
         """First rank only: the messages of this step, each that can use it behind a `PromoteReq`."""
         result: list[Any] = []
+        content = self.exporter.content
         for message in messages:
-            promote = self._lookups.find(message, self.exporter.content)
+            if self._forgets(message):
+                # It has not been acted on yet. What came behind it must not find what is there before it.
+                content = ""
+            promote = self._lookups.find(message, content)
             if promote is not None:
                 result.append(promote)
             result.append(message)
         return result
+
+    def _forgets(self, message: Any) -> bool:
+        """Whether KV that was cached before ``message`` must not be used behind it."""
+        if isinstance(message, ShadowPlanReq):
+            # One that only names another target comes right before the requests of a lost group.
+            return message.content != self.exporter.content
+        return isinstance(message, FlushCacheReqInput)
 
     def promote(self, promote: PromoteReq) -> None:
         self._promoter.apply(promote)

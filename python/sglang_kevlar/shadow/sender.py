@@ -258,7 +258,7 @@ class ShadowSender:
 
     def _close_socket(self) -> None:
         self.link = None
-        self._counters.to, self._counters.linked = None, False
+        self._counters.to, self._counters.linked, self._counters.lag_tokens = None, False, 0
         if self._socket is not None:
             self._socket.close()
             self._socket = None
@@ -306,8 +306,7 @@ class ShadowSender:
             elif isinstance(message, Resync) and message.session == self._session:
                 self._start_over(message.reason)
             elif isinstance(message, Ack) and message.session == self._session and self.link is not None:
-                tokens, _ = self.link.acknowledge(message.sequence, message.gone)
-                self._counters.shadowed_tokens += tokens
+                self._counters.shadowed_tokens += self.link.acknowledge(message.sequence, message.gone)
                 while self._unacknowledged and self._unacknowledged[0][0] <= message.sequence:
                     self._unacknowledged.popleft()
 

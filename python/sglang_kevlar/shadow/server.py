@@ -121,9 +121,7 @@ class ShadowServer:
                 self._reject(reason)
             return
         if isinstance(message, Lookup):
-            self._counters.lookups += 1
             blocks = self._store.pin(message.keys, message.ticket)
-            self._counters.hits += blocks > 0
             self._send(frames[0], Held(ticket=message.ticket, blocks=blocks))
         elif isinstance(message, Hello):
             self._open(frames[0], message)
@@ -151,7 +149,7 @@ class ShadowServer:
             self._close(next(iter(self._sessions)))
         self._sessions[sender] = _Session(hello, opened, self._store.clears, time.monotonic())
         self._epochs[hello.group] = hello.epoch
-        self._send(sender, Accept(session=hello.session, capacity=self._store.capacity))
+        self._send(sender, Accept(session=hello.session))
 
     def _why_not(self, hello: Hello) -> str | None:
         """Why KV of this source means nothing here; None when it is as ours."""

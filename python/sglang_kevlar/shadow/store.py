@@ -37,10 +37,6 @@ class ShadowStore:
         self.clears = 0
 
     @property
-    def capacity(self) -> int:
-        return self._index.capacity
-
-    @property
     def evicted(self) -> int:
         return self._index.evicted
 

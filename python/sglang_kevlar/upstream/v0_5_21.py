@@ -369,6 +369,7 @@ _SHADOW_SEAMS = (
         fields="extra_key cache_salt rid input_embeds positional_embed_overrides multimodal_inputs beam_group "
         "skip_radix_cache_insert session sampling_params kv",
     ),
+    _seam("srt.managers.io_struct:FlushCacheReqInput", _RANK),
     _seam(_POOL + "MHATokenToKVPool", _RANK, fields="k_buffer v_buffer kv_cache_layout dtype size"),
     _seam(_POOL + "MLATokenToKVPool", _RANK, fields="kv_buffer dtype size"),
     _seam(_POOL + "ReqToTokenPool", _RANK, fields="req_to_token"),
