@@ -171,3 +171,27 @@ def test_child_kill_and_reap() -> None:
     assert child.reap() == -signal.SIGKILL and child.reap() == -signal.SIGKILL
     child.signal(signal.SIGTERM)
     child.kill()
+
+
+SEMAPHORE = """
+import multiprocessing, os, signal, sys
+from multiprocessing import resource_tracker
+from sglang_kevlar.worker.bootstrap import name_semaphores
+name_semaphores(sys.argv[1])
+multiprocessing.set_start_method("spawn")
+lock = multiprocessing.Lock()
+os.kill(resource_tracker._resource_tracker._pid, signal.SIGKILL)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_semaphores_of_a_process_that_was_killed_with_its_resource_tracker_are_removed() -> None:
+    before = set(os.listdir("/dev/shm"))
+    command = [sys.executable, "-c", SEMAPHORE, "kevlar-0a1b2c3d-g0e1"]
+    assert subprocess.run(command, timeout=60).returncode == -signal.SIGKILL
+    (left,) = set(os.listdir("/dev/shm")) - before
+    assert left.startswith("sem.kevlar-0a1b2c3d-g0e1-")
+    rundir.remove_shared_memory("0a1b2c3d", "-g1e")
+    assert left in os.listdir("/dev/shm")
+    rundir.remove_shared_memory("0a1b2c3d", "-g0e")
+    assert left not in os.listdir("/dev/shm")

@@ -21,7 +21,7 @@ import msgspec
 
 from sglang_kevlar.launcher.status import StatusWriter
 from sglang_kevlar.protocol.launch import EXIT_CONFIG, LaunchPlan, Paths
-from sglang_kevlar.worker.bootstrap import describe
+from sglang_kevlar.worker.bootstrap import describe, name_semaphores
 
 if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
@@ -53,6 +53,7 @@ def load_upstream(plan: LaunchPlan) -> ServerArgs:
     from sglang_kevlar.platform import torchvision_shim
     from sglang_kevlar.upstream import patches, saved_args
 
+    name_semaphores(f"kevlar-{plan.launch_id}-frontend")
     patches.install()
     torchvision_shim.install()
     server_args = saved_args.load(plan.server_args_file)

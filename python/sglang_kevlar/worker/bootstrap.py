@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import multiprocessing.process
 import os
 import sys
 import traceback
@@ -42,11 +43,10 @@ class Incarnation:
         from sglang_kevlar.platform import torchvision_shim
         from sglang_kevlar.upstream import patches, saved_args
 
+        name_semaphores(self.instance_id)
         patches.install()
         torchvision_shim.install()
         server_args = saved_args.load(self.plan.server_args_file)
-
-        import multiprocessing
 
         from sglang.srt.plugins import load_plugins
         from sglang.srt.utils import set_ulimit
@@ -86,6 +86,16 @@ class Incarnation:
 
         labels = {**(get_observability().extra_metric_labels or {}), "worker_group": str(self.group)}
         get_context().override("sglang_kevlar", extra_metric_labels=labels)
+
+
+def name_semaphores(owner: str) -> None:
+    """Have this process and its children name their semaphores (tqdm has one) by ``owner``.
+
+    Python's resource tracker removes them after a crash, unless somebody kills that too, as a supervisor does. By the
+    name they are removed with the rest of what ``owner`` leaves in /dev/shm.
+    """
+    # No public way: children copy it from their parent.
+    multiprocessing.process.current_process()._config["semprefix"] = f"/{owner}"  # type: ignore[attr-defined]
 
 
 def argument_parser() -> argparse.ArgumentParser:
