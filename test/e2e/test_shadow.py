@@ -307,6 +307,34 @@ def test_a_poisoned_shadow_changes_what_comes_after_it(models: Path, tmp_path: P
 
 
 @pytest.mark.timeout(900)
+def test_one_standby_for_two_groups_has_their_kv_in_its_pool_before_both_are_lost(models: Path, tmp_path: Path) -> None:
+    server = Server(models / "llama-f32", tmp_path / "log", "--standby-groups", "1", groups=3, env=CHECKS)
+    try:
+        wait_linked(server)
+        cases = [request(tokens(1500, seed), 2500) for seed in range(4)]
+        expected = run_all(server, cases)
+        flush(server)
+        with ThreadPoolExecutor(len(cases)) as pool:
+            running = [pool.submit(case.run, server.url) for case in cases]
+            server.wait(lambda s: ahead(s, 2) >= 4 * 1500, "promotion ahead", 60)
+            groups = server.wait(lambda s: all(g["running"] == 2 for g in s["groups"][:2]), "all run", 20)["groups"]
+            assert groups[2]["running"] == 0 and [g["shadow"]["to"] for g in groups[:2]] == [2, 2]
+            server.kill(0)
+            server.kill(1)
+            answers = [one.result() for one in running]
+        assert_same(expected, answers)
+        assert [answer.redirects for answer in answers] == [1] * 4
+        assert max(answer.recomputed for answer in answers) <= RECOMPUTED
+    finally:
+        server.stop()
+
+
+def ahead(status: dict[str, Any], group: int) -> int:
+    tokens: int = status["groups"][group]["shadow"]["store"]["promoted_ahead_tokens"]
+    return tokens
+
+
+@pytest.mark.timeout(900)
 def test_a_dedicated_standby_that_stops_for_a_while(models: Path, tmp_path: Path) -> None:
     """Serving does not notice that nobody takes the shadow; when somebody does again, it is made complete."""
     flags = ("--standby-groups", "1", "--stop-grace", "600", "--hang-timeout", "600", "--page-size", "16")

@@ -10,7 +10,7 @@ import time
 
 import msgspec
 import pytest
-from shadow_world import LAYOUT, Peer, Proxy, Source, Store, eventually, sequence
+from shadow_world import LAYOUT, TOKENS, Peer, Proxy, Source, Store, eventually, sequence
 
 from sglang_kevlar.protocol.shadow import (
     Accept,
@@ -136,6 +136,34 @@ def test_a_source_pauses_for_longer_than_a_store_may_be_silent(world, monkeypatc
     source.send(sequence(2, 2))
     assert source.counters.resyncs == 0 and source.windows == 1
     assert store.has(sequence(1, 2)) == 2
+
+
+def test_what_the_target_holds_from_before_is_not_sent_again(world):
+    store, first = world.store(), world.source(group=0)
+    keys = sequence(1, 10)
+    first.to(store).linked().send(keys[:6])
+    first.to(None)
+    eventually(lambda: first.sender.link is None)
+    first.to(store).linked().send(keys)
+    assert first.counters.sent_tokens == 10 * TOKENS and store.has(keys) == 10
+    other = world.source(group=1).to(store).linked()
+    other.send(keys, b"request")
+    assert other.counters.sent_tokens == 0
+    # What it was told of and is there no longer, it hears of.
+    store.store._memory[store.store._index.get(keys[3]).slot, 0] ^= 1
+    assert store.has(keys) == 3
+    eventually(lambda: other.sender.link.missing(keys, 0) == 3)
+    other.send(keys, b"request")
+    assert other.counters.sent_tokens == 7 * TOKENS and store.has(keys) == 10
+
+
+def test_a_source_that_is_not_told_of_everything_sends_the_rest(world, monkeypatch):
+    monkeypatch.setattr(server_module, "HELD_KEYS", 4)
+    store, first, other = world.store(), world.source(group=0), world.source(group=1)
+    keys = sequence(1, 10)
+    first.to(store).linked().send(keys)
+    other.to(store).linked().send(keys)
+    assert store.has(keys) == 10 and other.counters.linked and other.counters.resyncs == 0
 
 
 # -- a store that is slow, stopped, or somewhere else
@@ -366,6 +394,8 @@ HARMS = {
     "a wrong checksum": lambda message, data: change(crcs=[crc ^ 1 for crc in message.crcs])(message, data),
     "fewer checksums": change(crcs=[]),
     "no blocks": change(keys=[], crcs=[]),
+    "fewer tokens": lambda message, data: change(tokens=message.tokens[8:])(message, data),
+    "other tokens": lambda message, data: change(tokens=message.tokens[:-1] + b"\xff")(message, data),
     "behind the window": change(offset=WINDOW - 1),
     "before the window": change(offset=-1),
     "other bytes": lambda message, data: change(offset=(message.offset + 1) % LAYOUT.block_bytes)(message, data),

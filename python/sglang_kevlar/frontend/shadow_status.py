@@ -46,6 +46,7 @@ class ShadowReader:
             "store_lookups": store["lookups"],
             "store_hits": store["hits"],
             "promoted_tokens": store["promoted_tokens"],
+            "promoted_ahead_tokens": store["promoted_ahead_tokens"],
             "rejected_frames": store["rejected_frames"],
         }
 
@@ -75,5 +76,6 @@ class ShadowReader:
                 "lookups": ranks[0].lookups,
                 "hits": ranks[0].hits,
                 "promoted_tokens": ranks[0].promoted_tokens,
+                "promoted_ahead_tokens": ranks[0].promoted_ahead_tokens,
             },
         }

@@ -34,6 +34,7 @@ SHADOW_GAUGES = {
     "store_lookups": "Times that a prefix was looked for in its store.",
     "store_hits": "Times that it was found there.",
     "promoted_tokens": "Tokens it took from its store into its KV pool.",
+    "promoted_ahead_tokens": "Of those: for requests that still ran on their own group.",
     "rejected_frames": "Messages of the shadow stream that its ranks did not accept.",
 }
 

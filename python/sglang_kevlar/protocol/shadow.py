@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import msgspec
 
-SHADOW_VERSION = 1
+SHADOW_VERSION = 2
 
 
 class Layout(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,6 +60,10 @@ class Parcel(msgspec.Struct, frozen=True, kw_only=True, tag="parcel"):
     keys: list[bytes]
     #: CRC-32 of each block
     crcs: list[int]
+    #: int64 each, of all blocks: whoever keeps the KV can put it into a radix tree by itself
+    tokens: bytes
+    #: their ``extra_key`` (LoRA adapter) and ``cache_salt``
+    origin: tuple[str | None, str | None]
     #: the running request this is for; None: of a finished one
     request: bytes | None = None
 
@@ -80,7 +84,10 @@ class Forget(msgspec.Struct, frozen=True, kw_only=True, tag="forget"):
 
 
 class Accept(msgspec.Struct, frozen=True, kw_only=True, tag="accept"):
+    """The session is open. ``held``: keys that need not be sent, of earlier sessions and of other sources."""
+
     session: str
+    held: list[bytes]
 
 
 class Refuse(msgspec.Struct, frozen=True, kw_only=True, tag="refuse"):
@@ -151,5 +158,7 @@ class ShadowCounters(msgspec.Struct, kw_only=True):
     lookups: int = 0
     hits: int = 0
     promoted_tokens: int = 0
+    #: of those: while their request still ran on its own group
+    promoted_ahead_tokens: int = 0
     #: CPU seconds of the scheduler's thread in shadow code
     scheduler_cpu_s: float = 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import time
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.managers.io_struct import FlushCacheReqInput
@@ -13,8 +14,9 @@ from sglang_kevlar.control.shadow_keys import block_tokens
 from sglang_kevlar.protocol.launch import LaunchPlan, Paths, window_name
 from sglang_kevlar.protocol.shadow import SHADOW_VERSION, Layout, ShadowCounters
 from sglang_kevlar.shadow.export import Exporter
+from sglang_kevlar.shadow.lookup import Lookups, PromoteReq
 from sglang_kevlar.shadow.pool import PoolRows
-from sglang_kevlar.shadow.promote import Lookups, Promoter, PromoteReq
+from sglang_kevlar.shadow.promote import Promoter
 from sglang_kevlar.shadow.sender import ShadowSender, Target
 from sglang_kevlar.shadow.server import ShadowServer
 from sglang_kevlar.shadow.store import ShadowStore
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
     from sglang.srt.managers.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
+
+#: seconds between two looks for what can be promoted ahead
+AHEAD_INTERVAL = 0.1
 
 
 class RankShadow:
@@ -67,9 +72,19 @@ class RankShadow:
         )
         others = [other for other in range(plan.tp_size * plan.pp_size) if other != rank]
         self._lookups = Lookups(
-            self._store, block, tree, [self._endpoint(group, epoch, other) for other in others], self.counters
+            self._store,
+            block,
+            layout.block_bytes,
+            tree,
+            [self._endpoint(group, epoch, other) for other in others],
+            self.counters,
         )
-        self._promoter = Promoter(self._store, rows, block, tree, scheduler.token_to_kv_pool_allocator, self.counters)
+        standby = group >= args.worker_groups - args.standby_groups
+        self._promoter = Promoter(
+            self._store, rows, block, tree, scheduler.token_to_kv_pool_allocator, standby, self.counters
+        )
+        #: when KV may be promoted ahead again, monotonic seconds
+        self._ahead_at = 0.0
         self._server.start()
         self._sender.start()
 
@@ -106,6 +121,14 @@ class RankShadow:
                 result.append(promote)
             result.append(message)
         return result
+
+    def promotions_ahead(self) -> list[PromoteReq]:
+        """First rank only, when the group has nothing else to do."""
+        now = time.monotonic()
+        if now < self._ahead_at or not len(self._store):
+            return []
+        self._ahead_at = now + AHEAD_INTERVAL
+        return self._lookups.ahead(self.exporter.content, self._promoter.spare_tokens())
 
     def _forgets(self, message: Any) -> bool:
         """Whether KV that was cached before ``message`` must not be used behind it."""

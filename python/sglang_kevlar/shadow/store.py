@@ -9,11 +9,12 @@ from __future__ import annotations
 import threading
 import time
 import zlib
+from array import array
 from collections.abc import Sequence
 
 import numpy as np
 
-from sglang_kevlar.control.shadow_index import StoreIndex
+from sglang_kevlar.control.shadow_index import Origin, StoreIndex
 
 #: seconds after which a ticket that was never returned ends: its request did not reach the scheduler
 TICKET_LIFE = 600.0
@@ -48,17 +49,26 @@ class ShadowStore:
         return key in self._index
 
     def put(
-        self, keys: Sequence[bytes], parent: bytes | None, crcs: Sequence[int], data: np.ndarray, request: bytes | None
+        self,
+        keys: Sequence[bytes],
+        parent: bytes | None,
+        crcs: Sequence[int],
+        tokens: bytes,
+        origin: Origin,
+        data: np.ndarray,
+        request: bytes | None,
     ) -> list[bytes]:
         """Keep blocks that follow each other; ``data``: uint8 (blocks, block bytes).
 
-        ``request``: the running one they are for. Returns the keys of those that there was no room for. Raises
-        DamagedBlock; what came before it is kept.
+        ``tokens`` are int64, the same number for each block. ``request``: the running one they are for. Returns the
+        keys of those that there was no room for. Raises DamagedBlock; what came before it is kept.
         """
+        width = len(tokens) // len(keys)
         for position, (key, crc) in enumerate(zip(keys, crcs, strict=True)):
             with self._lock:
                 if key not in self._index:
-                    slot, evicted = self._index.add(key, parent, crc, request is not None)
+                    own = tokens[position * width : (position + 1) * width]
+                    slot, evicted = self._index.add(key, parent, crc, own, origin, request is not None)
                     self._dropped += evicted
                     if slot is None:
                         return list(keys[position:])
@@ -71,6 +81,25 @@ class ShadowStore:
                     self._index.extend_live(request, key)
             parent = key
         return []
+
+    def newest(self, count: int) -> list[bytes]:
+        """Keys of at most ``count`` blocks, those that came last."""
+        with self._lock:
+            return self._index.newest(count)
+
+    def running(self) -> list[bytes]:
+        """The last block of each running request of the sources, the longest context first."""
+        with self._lock:
+            return self._index.live_leaves()
+
+    def sequence(self, key: bytes) -> tuple[list[bytes], array[int], Origin] | None:
+        """Keys and tokens of all blocks up to ``key``; None when it is not held any more."""
+        with self._lock:
+            if key not in self._index:
+                return None
+            keys = self._index.path(key)
+            blocks = [self._index.get(each) for each in keys]
+        return keys, array("q", b"".join(block.tokens for block in blocks)), blocks[-1].origin
 
     def take_dropped(self) -> list[bytes]:
         """Keys that were held and are not any more, since this was last asked; less what was forgotten by `clear`."""

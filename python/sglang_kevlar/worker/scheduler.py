@@ -28,7 +28,7 @@ from sglang.srt.runtime_context import get_parallel
 from sglang.utils import TypeBasedDispatcher
 
 from sglang_kevlar.protocol.resume import MOVED
-from sglang_kevlar.shadow.promote import PromoteReq
+from sglang_kevlar.shadow.lookup import PromoteReq
 from sglang_kevlar.shadow.rank import RankShadow
 from sglang_kevlar.worker.forced_decode import ForcedDecode, ForcedOutputStreamer, first_forced
 from sglang_kevlar.worker.penalties import count_inputs
@@ -75,7 +75,7 @@ class PromotingReceiver(SchedulerRequestReceiver):  # type: ignore[misc]
         # super() without arguments does not work in a class with slots made by the decorator.
         messages: list[Any] | None = SchedulerRequestReceiver._pull_raw_reqs(self)
         # Later stages of a pipeline get what the first one received, with what is before it.
-        return self.promote(messages) if messages and get_parallel().pp_rank == 0 else messages
+        return self.promote(messages) if messages is not None and get_parallel().pp_rank == 0 else messages
 
 
 class KevlarScheduler(Scheduler):  # type: ignore[misc]
@@ -208,7 +208,15 @@ class KevlarScheduler(Scheduler):  # type: ignore[misc]
         self.request_receiver = PromotingReceiver(**fields, promote=self._with_promotions)
 
     def _with_promotions(self, messages: list[Any]) -> list[Any]:
-        return messages if self.shadow is None else self.shadow.with_promotions(messages)
+        if self.shadow is None:
+            return messages
+        if not messages and self._may_promote_ahead():
+            return list(self.shadow.promotions_ahead())
+        return self.shadow.with_promotions(messages)
+
+    def _may_promote_ahead(self) -> bool:
+        """Whether nothing runs or waits, and the pool is there: of a paused engine it may have been released."""
+        return not self._engine_paused and not self.weight_updater.offload_tags and bool(self.is_fully_idle())
 
     def _promote(self, promote: PromoteReq) -> None:
         assert self.shadow is not None, "a rank of this group has a shadow store and this one has not"
