@@ -154,10 +154,12 @@ class Source:
 
 
 class Store:
-    def __init__(self, directory: Any, name: str = "store", capacity: int = 64, start: bool = True) -> None:
+    def __init__(
+        self, directory: Any, name: str = "store", capacity: int = 64, start: bool = True, readers: int = 1
+    ) -> None:
         self.counters = ShadowCounters()
         self.endpoint = f"ipc://{directory}/{name}"
-        self.store = ShadowStore(capacity, LAYOUT.block_bytes)
+        self.store = ShadowStore(capacity, LAYOUT.block_bytes, readers)
         self.server = ShadowServer(self.endpoint, LAYOUT, self.store, self.counters)
         self._started = False
         if start:

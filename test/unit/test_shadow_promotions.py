@@ -43,7 +43,7 @@ class World:
         self.rank._lookups = Lookups(self.store, BLOCK, BLOCK_BYTES, tree, [], self.counters)
         self.rank.exporter = SimpleNamespace(content="old")  # type: ignore[assignment]
         self.spare = 1000
-        self.rank._promoter = SimpleNamespace(spare_tokens=lambda: self.spare)  # type: ignore[assignment]
+        self.rank.promoter = SimpleNamespace(spare_tokens=lambda: self.spare)  # type: ignore[assignment]
         self.put(PROMPT[:BLOCK])
 
     def put(self, tokens: list[int], request: bytes | None = None, content: str = "old") -> list[bytes]:

@@ -9,8 +9,9 @@ import threading
 import time
 
 import msgspec
+import numpy as np
 import pytest
-from shadow_world import LAYOUT, TOKENS, Peer, Proxy, Source, Store, eventually, sequence
+from shadow_world import LAYOUT, TOKENS, Peer, Proxy, Source, Store, content, eventually, sequence
 
 from sglang_kevlar.protocol.shadow import (
     Accept,
@@ -27,6 +28,7 @@ from sglang_kevlar.protocol.shadow import (
 from sglang_kevlar.shadow import sender as sender_module
 from sglang_kevlar.shadow import server as server_module
 from sglang_kevlar.shadow import window as window_module
+from sglang_kevlar.shadow.shelf import SharedStore
 
 WINDOW = 8 * LAYOUT.block_bytes
 
@@ -350,6 +352,28 @@ def test_lost_tickets_end_however_much_traffic_there_is(world, monkeypatch):
         assert time.monotonic() < end
         asking.ask(Lookup(ticket=str(number), keys=[b"unknown"]))
         number += 1
+
+
+def test_ranks_with_the_same_kv_read_it_in_one_store(world):
+    store = world.store(capacity=4, readers=3)
+    keys, others = sequence(1, 4), sequence(2, 4)
+    source = world.source().to(store).linked().send(keys)
+    asking = world.peer(store)
+    held = asking.ask(Lookup(ticket="t", keys=keys))
+    assert isinstance(held, Held) and held.blocks == 4 and held.shelf is not None
+    readers = [SharedStore(store.endpoint, LAYOUT.block_bytes) for _ in range(2)]
+    for reader in readers:
+        reader.expect("t", held.shelf)
+    assert not source.offer(others)
+    eventually(lambda: source.sender.waiting_tokens == 0)  # there was no room for them
+    store.store.release("t")
+    readers[0].release("t")
+    for reader in readers[1:]:
+        assert np.array_equal(reader.read("t", 1, 3), [content(key) for key in keys[1:]])
+        reader.release("t")
+    eventually(lambda: not store.store._tickets)
+    source.send(others)
+    assert all(key in store.store for key in others)
 
 
 # -- harm

@@ -18,7 +18,7 @@ class ShadowReader:
         self._paths = paths
 
     def read(self, group: int, epoch: int) -> list[ShadowCounters]:
-        """One a rank; empty while there are none."""
+        """One a rank that keeps a shadow; empty while there are none."""
         found = []
         for rank in range(self._ranks):
             try:
@@ -55,7 +55,7 @@ class ShadowReader:
         ranks = self.read(group, epoch)
         if not ranks:
             return None
-        linked = len(ranks) == self._ranks and all(rank.linked for rank in ranks)
+        linked = sum(rank.ranks for rank in ranks) == self._ranks and all(rank.linked for rank in ranks)
         return {
             "to": ranks[0].to[0] if linked and ranks[0].to is not None else None,
             "lag_tokens": max(rank.lag_tokens for rank in ranks),

@@ -5,7 +5,8 @@ A source's rank is a DEALER, the store of the same rank of the target a ROUTER. 
 something did not arrive as it was sent, or the store was emptied. Every message names its session, so what is left of
 an older one is dropped.
 
-The ranks of the target ask each other's stores by `Lookup`, from the same socket type.
+The ranks of the target ask each other's stores by `Lookup`, from the same socket type. Where all tensor-parallel ranks
+have the same KV (MLA), only the first of each pipeline stage sends and keeps it; the others read it there.
 """
 
 from __future__ import annotations
@@ -120,18 +121,36 @@ class Lookup(msgspec.Struct, frozen=True, kw_only=True, tag="lookup"):
     keys: list[bytes]
 
 
+class Shelf(msgspec.Struct, frozen=True, kw_only=True):
+    """Where pinned blocks lie in the memory of the store that holds them, for other ranks on its host."""
+
+    #: file that can be mapped, while the rank lives
+    memory: str
+    slots: list[int]
+
+
 class Held(msgspec.Struct, frozen=True, kw_only=True, tag="held"):
     ticket: str
     blocks: int
+    #: where tensor-parallel ranks share one store
+    shelf: Shelf | None = None
 
 
-ToStore = Hello | Parcel | Ended | Forget | Lookup
+class Release(msgspec.Struct, frozen=True, kw_only=True, tag="release"):
+    """Another rank, which reads the blocks of ``ticket`` too, has done so."""
+
+    ticket: str
+
+
+ToStore = Hello | Parcel | Ended | Forget | Lookup | Release
 FromStore = Accept | Refuse | Ack | Resync | Held
 
 
 class ShadowCounters(msgspec.Struct, kw_only=True):
     """One rank's account of both roles, written to its counters file about twice a second."""
 
+    #: how many ranks it is for: those that have the same KV keep one shadow together
+    ranks: int = 1
     #: (group, epoch) that keeps this rank's shadow, and whether it accepted
     to: tuple[int, int] | None = None
     linked: bool = False

@@ -25,7 +25,7 @@ from sglang.srt.mem_cache.radix_cache import RadixKey
 
 from sglang_kevlar.control.shadow_index import Origin
 from sglang_kevlar.control.shadow_keys import KeyChain, root_key
-from sglang_kevlar.protocol.shadow import Held, Lookup, ShadowCounters
+from sglang_kevlar.protocol.shadow import Held, Lookup, ShadowCounters, Shelf
 from sglang_kevlar.shadow.store import ShadowStore
 from sglang_kevlar.worker.resume import ResumedGenerateReqInput
 
@@ -49,6 +49,8 @@ class PromoteReq:
     #: the ticket is for ``blocks`` blocks from block ``first`` on; the tree had what is before
     first: int
     blocks: int
+    #: of each pipeline stage, where its tensor-parallel ranks share one store; None where each has its own
+    shelves: list[Shelf | None]
     #: not for a request of this group: only where there is room to spare
     ahead: bool
 
@@ -69,7 +71,10 @@ class Lookups:
         peers: Sequence[str],
         counters: ShadowCounters,
     ) -> None:
-        """``block``: tokens of one, ``block_bytes`` bytes of KV. ``peers``: endpoints of the other ranks' stores."""
+        """``block``: tokens of one, ``block_bytes`` bytes of KV.
+
+        ``peers``: endpoints of the other stores of the group, by rank.
+        """
         self._store = store
         self._counters = counters
         self._tree = tree
@@ -145,13 +150,17 @@ class Lookups:
     ) -> PromoteReq:
         ticket = f"{name}#{next(self._tickets)}"
         blocks = self._store.pin(keys, ticket)
+        shelves = [self._store.shelf(ticket)]
         if blocks and self._peers:
-            blocks = min(blocks, self._ask_peers(ticket, keys[:blocks]))
+            answers = self._ask_peers(ticket, keys[:blocks])
+            blocks = min(blocks, *(held.blocks for held in answers)) if answers is not None else 0
+            shelves += [held.shelf for held in answers or ()]
         # Also when it is 0: what some ranks have pinned is released by it.
-        return PromoteReq(ticket, tokens[: (first + blocks) * self._block], *origin, first, blocks, ahead)
+        end = (first + blocks) * self._block
+        return PromoteReq(ticket, tokens[:end], *origin, first, blocks, shelves, ahead)
 
-    def _ask_peers(self, ticket: str, keys: list[bytes]) -> int:
-        """The fewest blocks that any of the other ranks holds; 0 when one does not answer in time."""
+    def _ask_peers(self, ticket: str, keys: list[bytes]) -> list[Held] | None:
+        """What the other stores say, in their order; None when one does not answer in time."""
         if not self._sockets:
             for peer in self._peers:
                 socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
@@ -162,14 +171,14 @@ class Lookups:
         for socket in self._sockets:
             socket.send(question)
         deadline = time.monotonic() + LOOKUP_TIMEOUT
-        fewest = len(keys)
+        answers: list[Held] = []
         for socket in self._sockets:
             while True:
                 if not socket.poll(max(0, int((deadline - time.monotonic()) * 1000))):
                     logger.warning("a rank's shadow store does not answer; %s is computed again", ticket)
-                    return 0
+                    return None
                 answer = msgspec.msgpack.decode(socket.recv(), type=Held)
                 if answer.ticket == ticket:  # not a late one
-                    fewest = min(fewest, answer.blocks)
+                    answers.append(answer)
                     break
-        return fewest
+        return answers

@@ -34,6 +34,8 @@ class PoolRows:
 
     def __init__(self, pool: Any, forward_stream: Any = None) -> None:
         """``forward_stream``: the CUDA stream that forward passes run in; None on a CPU."""
+        #: whether all tensor-parallel ranks have the same KV
+        self.replicated = type(pool) is MLATokenToKVPool
         if type(pool) is MHATokenToKVPool:
             if pool.kv_cache_layout != "nhd":
                 raise ValueError(f"the KV layout {pool.kv_cache_layout!r} is not supported")

@@ -11,6 +11,7 @@ from sglang.srt.mem_cache.common import evict_from_tree_cache
 from sglang_kevlar.protocol.shadow import ShadowCounters
 from sglang_kevlar.shadow.lookup import PromoteReq
 from sglang_kevlar.shadow.pool import PoolRows
+from sglang_kevlar.shadow.shelf import SharedStore
 from sglang_kevlar.shadow.store import ShadowStore
 
 #: bytes written to the pool in one go
@@ -24,7 +25,8 @@ class Promoter:
 
     def __init__(
         self,
-        store: ShadowStore,
+        store: ShadowStore | SharedStore,
+        stage: int,
         rows: PoolRows,
         block: int,
         tree: Any,
@@ -32,8 +34,12 @@ class Promoter:
         standby: bool,
         counters: ShadowCounters,
     ) -> None:
-        """``standby``: the group serves only after another was lost. What it has cached may go for promotions ahead."""
+        """``store``: of this rank, or the one it shares with others of its pipeline ``stage``.
+
+        ``standby``: the group serves only after another was lost; what it has cached may go for promotions ahead.
+        """
         self._store = store
+        self._stage = stage
         self._rows = rows
         self._block = block
         self._tree = tree
@@ -51,6 +57,10 @@ class Promoter:
     def apply(self, promote: PromoteReq) -> None:
         try:
             if promote.blocks:
+                if isinstance(self._store, SharedStore):
+                    shelf = promote.shelves[self._stage]
+                    assert shelf is not None
+                    self._store.expect(promote.ticket, shelf)
                 self._promote(promote)
         finally:
             self._store.release(promote.ticket)

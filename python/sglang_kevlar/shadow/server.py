@@ -30,6 +30,7 @@ from sglang_kevlar.protocol.shadow import (
     Lookup,
     Parcel,
     Refuse,
+    Release,
     Resync,
     ShadowCounters,
     ToStore,
@@ -126,7 +127,10 @@ class ShadowServer:
             return
         if isinstance(message, Lookup):
             blocks = self._store.pin(message.keys, message.ticket)
-            self._send(frames[0], Held(ticket=message.ticket, blocks=blocks))
+            shelf = self._store.shelf(message.ticket)
+            self._send(frames[0], Held(ticket=message.ticket, blocks=blocks, shelf=shelf))
+        elif isinstance(message, Release):
+            self._store.release(message.ticket)
         elif isinstance(message, Hello):
             self._open(frames[0], message)
         else:

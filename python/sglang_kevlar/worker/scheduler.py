@@ -29,6 +29,7 @@ from sglang.utils import TypeBasedDispatcher
 
 from sglang_kevlar.protocol.resume import MOVED
 from sglang_kevlar.shadow.lookup import PromoteReq
+from sglang_kevlar.shadow.promote import Promoter
 from sglang_kevlar.shadow.rank import RankShadow
 from sglang_kevlar.worker.forced_decode import ForcedDecode, ForcedOutputStreamer, first_forced
 from sglang_kevlar.worker.penalties import count_inputs
@@ -89,6 +90,7 @@ class KevlarScheduler(Scheduler):  # type: ignore[misc]
         #: the resume of the request that is just being taken in
         self._arriving_resume: Any = None
         self.shadow: RankShadow | None = None
+        self._promoter: Promoter | None = None
         super().__init__(*args, **kwargs)
         #: Tokens of the batches that may be in flight. With overlap a step waits for the batch before; a pipeline
         #: stage waits for all microbatches.
@@ -97,11 +99,11 @@ class KevlarScheduler(Scheduler):  # type: ignore[misc]
         self._in_flight: deque[int] = deque(maxlen=depth)
         self._later_stage = parallel.pp_rank > 0
         self._forced = ForcedDecode(self.model_worker)
-        self.shadow = self.start_shadow()
+        self.shadow, self._promoter = self.start_shadow()
 
-    def start_shadow(self) -> RankShadow | None:
+    def start_shadow(self) -> tuple[RankShadow | None, Promoter | None]:
         """This rank's part of the shadow. A rank process, which knows its group, makes one."""
-        return None
+        return None, None
 
     # --- resuming a request
 
@@ -219,8 +221,8 @@ class KevlarScheduler(Scheduler):  # type: ignore[misc]
         return not self._engine_paused and not self.weight_updater.offload_tags and bool(self.is_fully_idle())
 
     def _promote(self, promote: PromoteReq) -> None:
-        assert self.shadow is not None, "a rank of this group has a shadow store and this one has not"
-        self.shadow.promote(promote)
+        assert self._promoter is not None, "a rank of this group has a shadow store and this one has not"
+        self._promoter.apply(promote)
 
     def _follow_shadow_plan(self, plan: ShadowPlanReq) -> None:
         if self.shadow is not None:
