@@ -40,7 +40,7 @@ class World:
         self.rank = RankShadow.__new__(RankShadow)
         self.rank._store = self.store
         self.rank._ahead_at = 0.0
-        self.rank._lookups = Lookups(self.store, BLOCK, BLOCK_BYTES, tree, [], self.counters)
+        self.rank._lookups = Lookups(self.store, BLOCK, BLOCK_BYTES, tree, [], 0.0, self.counters)
         self.rank.exporter = SimpleNamespace(content="old")  # type: ignore[assignment]
         self.spare = 1000
         self.rank.promoter = SimpleNamespace(spare_tokens=lambda: self.spare)  # type: ignore[assignment]
@@ -93,6 +93,14 @@ def test_a_plan_with_another_target_only_does_not_keep_moved_requests_from_their
     kind = type(tokenized("a", PROMPT)).__name__
     got = world.step(ShadowPlanReq(rid="p", content="old", target=None), tokenized("a", PROMPT))
     assert got == ["ShadowPlanReq", "PromoteReq", kind]
+
+
+def test_a_share_of_requests_is_audited(world: World) -> None:
+    world.rank._lookups._audit = 0.5
+    promotions = [world.rank.with_promotions([tokenized(str(turn), PROMPT)])[0] for turn in range(60)]
+    audited = [promote.audited for promote in promotions]
+    assert any(audited) and not all(audited)
+    assert all(rid in (None, str(turn)) for turn, rid in enumerate(audited))
 
 
 @pytest.mark.parametrize("forgetting", [ShadowPlanReq(rid="p", content=""), FlushCacheReqInput()])

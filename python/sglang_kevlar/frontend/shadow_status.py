@@ -47,6 +47,8 @@ class ShadowReader:
             "store_hits": store["hits"],
             "promoted_tokens": store["promoted_tokens"],
             "promoted_ahead_tokens": store["promoted_ahead_tokens"],
+            "audited_blocks": store["audited_blocks"],
+            "wrong_blocks": store["wrong_blocks"],
             "rejected_frames": store["rejected_frames"],
         }
 
@@ -76,6 +78,8 @@ class ShadowReader:
                 "lookups": ranks[0].lookups,
                 "hits": ranks[0].hits,
                 "promoted_tokens": ranks[0].promoted_tokens,
+                "audited_blocks": sum(rank.audited_blocks for rank in ranks),
+                "wrong_blocks": sum(rank.wrong_blocks for rank in ranks),
                 "promoted_ahead_tokens": ranks[0].promoted_ahead_tokens,
             },
         }

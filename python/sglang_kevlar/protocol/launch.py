@@ -46,6 +46,8 @@ class KevlarArgs(msgspec.Struct, frozen=True, kw_only=True):
     shadow_min_context: int = 64
     #: MB/s that a rank sends at most; 0: no limit
     shadow_bandwidth: float = 0.0
+    #: share of the promotions that are computed instead, and compared
+    shadow_audit: float = 0.0
 
 
 class LaunchPlan(msgspec.Struct, frozen=True, kw_only=True):

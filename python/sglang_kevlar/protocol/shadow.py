@@ -179,5 +179,8 @@ class ShadowCounters(msgspec.Struct, kw_only=True):
     promoted_tokens: int = 0
     #: of those: while their request still ran on its own group
     promoted_ahead_tokens: int = 0
+    #: compared with what the model computes, and found to be something else
+    audited_blocks: int = 0
+    wrong_blocks: int = 0
     #: CPU seconds of the scheduler's thread in shadow code
     scheduler_cpu_s: float = 0.0

@@ -10,12 +10,13 @@ that is lost, they find most of their KV in the pool already.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
+import random
 import time
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -37,7 +38,7 @@ LOOKUP_TIMEOUT = 0.5
 AHEAD_BYTES = 64 << 20
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class PromoteReq:
     """In the requests' broadcast, before the request it may be for: put these blocks into the tree."""
 
@@ -53,6 +54,8 @@ class PromoteReq:
     shelves: list[Shelf | None]
     #: not for a request of this group: only where there is room to spare
     ahead: bool
+    #: the request, if it is to be computed and compared instead
+    audited: str | None = None
 
     @property
     def key(self) -> RadixKey:
@@ -69,17 +72,19 @@ class Lookups:
         block_bytes: int,
         tree: Any,
         peers: Sequence[str],
+        audit: float,
         counters: ShadowCounters,
     ) -> None:
         """``block``: tokens of one, ``block_bytes`` bytes of KV.
 
-        ``peers``: endpoints of the other stores of the group, by rank.
+        ``peers``: endpoints of the other stores of the group, by rank. ``audit``: share of requests to be audited.
         """
         self._store = store
         self._counters = counters
         self._tree = tree
         self._block = block
         self._peers = peers
+        self._audit = audit
         #: tokens promoted ahead in one step: a request that arrives waits for that
         self._most_ahead = max(1, AHEAD_BYTES // block_bytes) * block
         #: last blocks of running requests that need no promotion
@@ -115,6 +120,8 @@ class Lookups:
         chain.grow(tokens[(first + 1) * self._block : usable * self._block])
         promote = self._promotion(str(message.rid), tokens, origin, first, chain.keys[first:], ahead=False)
         self._counters.hits += promote.blocks > 0
+        if promote.blocks and random.random() < self._audit:
+            return dataclasses.replace(promote, audited=message.rid)
         return promote
 
     def ahead(self, content: str, spare_tokens: int) -> list[PromoteReq]:

@@ -9,6 +9,7 @@ from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixPara
 from sglang.srt.mem_cache.common import evict_from_tree_cache
 
 from sglang_kevlar.protocol.shadow import ShadowCounters
+from sglang_kevlar.shadow.audit import Auditor
 from sglang_kevlar.shadow.lookup import PromoteReq
 from sglang_kevlar.shadow.pool import PoolRows
 from sglang_kevlar.shadow.shelf import SharedStore
@@ -29,6 +30,7 @@ class Promoter:
         stage: int,
         rows: PoolRows,
         block: int,
+        req_to_token: torch.Tensor,
         tree: Any,
         allocator: Any,
         standby: bool,
@@ -38,6 +40,7 @@ class Promoter:
 
         ``standby``: the group serves only after another was lost; what it has cached may go for promotions ahead.
         """
+        self.auditor = Auditor(rows, block, req_to_token, counters)
         self._store = store
         self._stage = stage
         self._rows = rows
@@ -61,7 +64,10 @@ class Promoter:
                     shelf = promote.shelves[self._stage]
                     assert shelf is not None
                     self._store.expect(promote.ticket, shelf)
-                self._promote(promote)
+                if promote.audited is None:
+                    self._promote(promote)
+                else:
+                    self.auditor.expect(promote, self._store)
         finally:
             self._store.release(promote.ticket)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -108,10 +109,12 @@ class RankShadow:
             self.counters,
         )
         others = [place.endpoint(other) for other in place.keepers if other != rank]
-        self._lookups = Lookups(self._store, layout.block_tokens, layout.block_bytes, tree, others, self.counters)
+        self._lookups = Lookups(
+            self._store, layout.block_tokens, layout.block_bytes, tree, others, args.shadow_audit, self.counters
+        )
         self.promoter = _promoter(scheduler, place, self._store, self.counters)
         #: when KV may be promoted ahead again, monotonic seconds
-        self._ahead_at = 0.0
+        self._ahead_at = math.inf if args.shadow_audit else 0.0
         self._server.start()
         self._sender.start()
 
@@ -202,6 +205,7 @@ def _promoter(
         place.stage,
         place.rows,
         place.layout.block_tokens,
+        scheduler.req_to_token_pool.req_to_token,
         scheduler.tree_cache,
         scheduler.token_to_kv_pool_allocator,
         standby=place.group >= args.worker_groups - args.standby_groups,

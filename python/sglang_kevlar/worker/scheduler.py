@@ -237,6 +237,8 @@ class KevlarScheduler(Scheduler):  # type: ignore[misc]
     def process_batch_result(self, batch: ScheduleBatch, result: Any) -> None:
         if self.shadow is not None:
             self.shadow.exporter.before_result(batch)
+        if self._promoter is not None:
+            self._promoter.auditor.before_result(batch)
         super().process_batch_result(batch, result)
         self._forced.check(batch)
         if self.shadow is not None:
