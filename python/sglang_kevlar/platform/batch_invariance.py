@@ -44,13 +44,16 @@ def enable(enable_bmm: bool = True) -> None:
     Products with fewer than 4 rows round differently from larger ones (measured, MKL, float32), so every product is
     done in blocks of exactly ``BLOCK_ROWS`` rows. The rest of a step works row by row or request by request already
     in torch_native. Not covered: the all-reduce of more than two tensor-parallel ranks (gloo's ring adds in an order
-    that depends on the place in the buffer), ``bmm``. Same signature as upstream's ``enable_batch_invariant_mode``.
+    that depends on the place in the buffer). Same signature as upstream's ``enable_batch_invariant_mode``.
     """
     global _library
     if _library is None:
         _library = torch.library.Library("aten", "IMPL")
         _library.impl("mm", mm, "CPU")
         _library.impl("addmm", addmm, "CPU")
+        # The absorbed form of latent attention has one product per head over the whole batch, some with `out`.
+        _library.impl("bmm", bmm, "CPU")
+        _library.impl("bmm.out", bmm_out, "CPU")
 
 
 def enabled() -> bool:
@@ -77,3 +80,13 @@ def addmm(bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, beta: float =
     if alpha != 1:
         product *= alpha
     return product + (bias if beta == 1 else bias * beta)
+
+
+def bmm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return bmm_out(a, b, out=a.new_empty(a.shape[0], a.shape[1], b.shape[2]))
+
+
+def bmm_out(a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
+    for index in range(a.shape[0]):
+        out[index] = mm(a[index], b[index])
+    return out
