@@ -227,8 +227,9 @@ def update(server: Server, weights: Path) -> None:
     httpx.post(f"{server.url}/update_weights_from_disk", json=body, timeout=120).raise_for_status()
 
 
-#: not MLA: it is not served on a CPU (docs/limits.md)
 LAYOUTS = [
+    pytest.param("mla-f32", (), id="MLA"),
+    pytest.param("mla-f32", ("--tp-size", "2", "--page-size", "16"), id="MLA, tp 2, page 16", marks=pytest.mark.slow),
     pytest.param("llama-f32", ("--tp-size", "2", "--page-size", "16"), id="tp 2, page 16"),
     pytest.param("llama-f32", ("--pp-size", "2"), id="pp 2", marks=pytest.mark.slow),
     pytest.param("moe-f32", ("--page-size", "64", "--disable-overlap-schedule"), id="page 64", marks=pytest.mark.slow),

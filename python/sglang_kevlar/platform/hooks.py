@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sglang_kevlar.platform import batch_invariance, prefix_attention, seeded_sampling, threads
+from sglang_kevlar.platform import batch_invariance, mla_attention, prefix_attention, seeded_sampling, threads
 
 #: modules that copy small tensors to the device through pinned memory, whatever the platform says
 _PINNING = ("sglang.srt.lora.layers", "sglang.srt.lora.backend.torch_backend")
@@ -42,7 +42,10 @@ def register_cpu_hooks() -> None:
     _replace("sglang.srt.distributed.bootstrap", "_init_cpu_threads_env", _no_thread_environment)
     backend = _find("sglang.srt.layers.attention.torch_native_backend", "TorchNativeAttnBackend")
     try:
-        backend._run_sdpa_forward_extend = prefix_attention.make_extend(backend._run_sdpa_forward_extend)
+        backend._run_sdpa_forward_extend = mla_attention.make_extend(
+            prefix_attention.make_extend(backend._run_sdpa_forward_extend)
+        )
+        backend._run_sdpa_forward_decode = mla_attention.make_decode(backend._run_sdpa_forward_decode)
     except AttributeError as error:
         raise RuntimeError(f"sglang's torch_native attention has changed; the CPU platform replaces {error}") from error
     unpinned = _UnpinnedTorch()

@@ -414,6 +414,20 @@ _CPU_SEAMS = (
     _seam("srt.arg_groups.choices:DETERMINISTIC_ATTENTION_BACKEND_CHOICES", _CPU),
     _seam("srt.arg_groups.choices:RADIX_SUPPORTED_DETERMINISTIC_ATTENTION_BACKEND", _CPU),
     _seam("srt.mem_cache.memory_pool:MHATokenToKVPool", _CPU),
+    _seam(
+        "srt.mem_cache.memory_pool:MLATokenToKVPool",
+        _CPU,
+        passes="size page_size dtype kv_lora_rank qk_rope_head_dim layer_num device enable_memory_saver start_layer "
+        "end_layer",
+    ),
+    _seam(
+        "srt.models.deepseek_common.attention_backend_handler:AttentionBackendRegistry.register",
+        _CPU,
+        signature="cls backend_name handler_func",
+    ),
+    _seam("srt.models.deepseek_common.attention_forward_methods.forward_methods:AttnForwardMethod", _CPU, fields="MLA"),
+    # A backend in this list gets queries and keys in two parts.
+    _seam("srt.models.deepseek_common.utils:FORWARD_ABSORB_CORE_ATTENTION_BACKENDS", _CPU),
     _seam("srt.mem_cache.allocator:BaseTokenToKVPoolAllocator", _CPU),
     _seam("srt.mem_cache.allocator:TokenToKVPoolAllocator", _CPU, signature="size dtype device kvcache need_sort"),
     _seam(
@@ -433,6 +447,12 @@ _CPU_SEAMS = (
         _CPU,
         signature="self query output k_cache v_cache req_to_token req_pool_indices seq_lens extend_prefix_lens "
         "extend_seq_lens encoder_lens scaling enable_gqa causal is_cross_attn sliding_window_size",
+    ),
+    _seam(
+        "srt.layers.attention.torch_native_backend:TorchNativeAttnBackend._run_sdpa_forward_decode",
+        _CPU,
+        signature="self query output k_cache v_cache req_to_token req_pool_indices seq_lens encoder_lens scaling "
+        "enable_gqa causal is_cross_attn sliding_window_size",
     ),
     _seam("srt.layers.sampler:murmur_hash32", _CPU, signature="seed positions col_indices"),
     _seam("srt.layers.sampler:multinomial_with_seed", _CPU, signature="logprobs seed positions"),
