@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import time
 from dataclasses import dataclass, field
@@ -45,11 +46,21 @@ def run_detokenizer(*args: Any, **kwargs: Any) -> None:
     run_detokenizer_process(*args, **kwargs)
 
 
-def _shared_memory(process: psutil.Process) -> set[Path]:
-    try:
-        return {Path(mapped.path) for mapped in process.memory_maps() if mapped.path.startswith("/dev/shm/")}
-    except psutil.Error:
-        return set()
+def _shared_memory(processes: list[psutil.Process]) -> list[Path]:
+    """Files in /dev/shm that a process has mapped. By inode: glibc renames a semaphore after mapping it."""
+    mapped = set()
+    for process in processes:
+        with contextlib.suppress(OSError):
+            lines = Path(f"/proc/{process.pid}/maps").read_text().splitlines()
+            mapped |= {(device, inode) for _, _, _, device, inode, *_ in map(str.split, lines)}
+    found = []
+    for path in Path("/dev/shm").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            status = path.stat()
+            device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
+            if (device, str(status.st_ino)) in mapped:
+                found.append(path)
+    return found
 
 
 @dataclass
@@ -85,7 +96,7 @@ class ResumeEngine(Engine):
 
     def shutdown(self) -> None:
         """Upstream's, which kills its processes, and the shared memory that they leave behind for that."""
-        left = {path for child in psutil.Process().children(recursive=True) for path in _shared_memory(child)}
+        left = _shared_memory(psutil.Process().children(recursive=True))
         super().shutdown()
         for path in left:
             path.unlink(missing_ok=True)

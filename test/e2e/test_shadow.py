@@ -256,10 +256,11 @@ def test_every_layout_shadows_its_shards(models: Path, tmp_path: Path, model: st
         server.stop()
 
 
+@pytest.mark.parametrize("model", ["llama-bf16", pytest.param("mla-bf16", marks=pytest.mark.slow)])
 @pytest.mark.timeout(900)
-def test_the_last_tokens_are_decoded_again_in_low_precision(models: Path, tmp_path: Path) -> None:
+def test_the_last_tokens_are_decoded_again_in_low_precision(models: Path, tmp_path: Path, model: str) -> None:
     """In bf16 a moved request decodes what it lacks, with penalties, grammars, log-probs and all."""
-    server = Server(models / "llama-bf16", tmp_path / "log", "--dtype", "bfloat16", env=CHECKS)
+    server = Server(models / model, tmp_path / "log", "--dtype", "bfloat16", env=CHECKS)
     fields: list[dict[str, Any]] = [
         {"sampling": {"frequency_penalty": 0.4, "presence_penalty": 0.2}},
         {"sampling": {"regex": r"([a-z]{1,6} ){60}"}},
