@@ -90,14 +90,9 @@ class TorchCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]  # my
         return MHATokenToKVPool
 
     def get_mla_kv_pool_cls(self) -> Any:
-        """Called for every MLA model, after it is loaded and before its first forward pass."""
-        from sglang.srt.models.deepseek_common.attention_backend_handler import AttentionBackendRegistry
+        from sglang_kevlar.platform.mla_attention import build_pool
 
-        from sglang_kevlar.platform import mla_attention
-
-        # Not among the hooks: its module cannot be imported as early as they are applied.
-        AttentionBackendRegistry.register(_ATTENTION, mla_attention.absorb_always)
-        return mla_attention.build_pool
+        return build_pool
 
     def get_paged_allocator_cls(self) -> Any:
         """Called with a page size by keyword, for page size 1 too."""

@@ -41,7 +41,9 @@ def register_cpu_hooks() -> None:
     # On arm64 it calls sgl_kernel whether it is there or not.
     _replace("sglang.srt.distributed.bootstrap", "_init_cpu_threads_env", _no_thread_environment)
     backend = _find("sglang.srt.layers.attention.torch_native_backend", "TorchNativeAttnBackend")
+    dispatch = _find("sglang.srt.models.deepseek_common.attention_backend_handler", "AttentionBackendRegistry")
     try:
+        dispatch.register("torch_native", mla_attention.absorb_always)
         backend._run_sdpa_forward_extend = mla_attention.make_extend(
             prefix_attention.make_extend(backend._run_sdpa_forward_extend)
         )

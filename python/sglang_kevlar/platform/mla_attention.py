@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
+from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import AttnForwardMethod
 
 #: positions in a block of queries: the scores have a row for each head of each, and a column for each token before
 QUERIES = 64
@@ -36,8 +37,6 @@ def absorb_always(attention: Any, forward_batch: Any) -> Any:
     Upstream has no entry for torch_native and takes Triton's: a prefill without a prefix then gives keys and values
     of every head to a backend that reads latents from the pool.
     """
-    from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import AttnForwardMethod
-
     return AttnForwardMethod.MLA
 
 
