@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import random
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +82,8 @@ def assert_same(expected: list[Answer], answers: list[Answer]) -> None:
 @pytest.fixture(scope="module")
 def server(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("shadow") / "log"
-    server = Server(models / "llama-f32", log, "--chunked-prefill-size", "1024", env=CHECKS)
+    lora = ("--enable-lora", "--lora-paths", f"adapter={models / 'lora'}", "--max-lora-rank", "16")
+    server = Server(models / "llama-f32", log, "--chunked-prefill-size", "1024", *lora, env=CHECKS)
     try:
         wait_linked(server)
         yield server
@@ -188,6 +191,21 @@ def test_a_cache_salt_keeps_tenants_apart_in_the_shadow_too(server: Server) -> N
     assert request(prompt, 80, cache_salt="two").run(server.url).cached == 0
     assert request(prompt, 80).run(server.url).cached == 0
     assert request(prompt, 80, cache_salt="one").run(server.url).cached >= 600 - RECOMPUTED
+
+
+def test_adapters_are_kept_apart_and_one_that_was_unloaded_is_gone(server: Server, models: Path) -> None:
+    prompt = tokens(600, 7)
+    adapted = lose_the_cache_of(server, request(prompt, 80, lora_path="adapter"))
+    assert request(prompt, 80).run(server.url).cached == 0
+    again = request(prompt, 80, lora_path="adapter").run(server.url)
+    assert again.cached >= 600 - RECOMPUTED and again.token_ids == adapted.token_ids
+    wait_linked(server)
+    body = {"lora_name": "adapter"}
+    httpx.post(f"{server.url}/unload_lora_adapter", json=body, timeout=60).raise_for_status()
+    body["lora_path"] = str(models / "lora")
+    httpx.post(f"{server.url}/load_lora_adapter", json=body, timeout=60).raise_for_status()
+    reloaded = request(prompt, 80, lora_path="adapter").run(server.url)
+    assert reloaded.cached == 0 and reloaded.token_ids == adapted.token_ids
 
 
 def test_a_request_can_opt_out(server: Server) -> None:
@@ -314,6 +332,26 @@ def test_a_poisoned_shadow_changes_what_comes_after_it(models: Path, tmp_path: P
         server.stop()
 
 
+@contextmanager
+def crawling(pid: int) -> Iterator[None]:
+    """The process runs for a twentieth of the time."""
+    ended = threading.Event()
+
+    def crawl() -> None:
+        while not ended.wait(0.01):
+            os.kill(pid, signal.SIGSTOP)
+            ended.wait(0.19)
+            os.kill(pid, signal.SIGCONT)
+
+    thread = threading.Thread(target=crawl)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
 @pytest.mark.parametrize("poisoned", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.timeout(600)
 def test_an_audit_tells_a_poisoned_shadow_from_a_true_one(models: Path, tmp_path: Path, poisoned: bool) -> None:
@@ -374,7 +412,7 @@ def ahead(status: dict[str, Any], group: int) -> int:
 
 
 @pytest.mark.timeout(900)
-def test_a_dedicated_standby_that_stops_for_a_while(models: Path, tmp_path: Path) -> None:
+def test_a_dedicated_standby_that_stops_for_a_while_and_then_crawls(models: Path, tmp_path: Path) -> None:
     """Serving does not notice that nobody takes the shadow; when somebody does again, it is made complete."""
     flags = ("--standby-groups", "1", "--stop-grace", "600", "--hang-timeout", "600", "--page-size", "16")
     server = Server(models / "llama-f32", tmp_path / "log", *flags, env=CHECKS)
@@ -391,6 +429,8 @@ def test_a_dedicated_standby_that_stops_for_a_while(models: Path, tmp_path: Path
             assert_same(expected, run_all(server, cases))
         finally:
             os.kill(stopped, signal.SIGCONT)
+        with crawling(stopped):
+            assert_same(expected, run_all(server, cases))
         wait_shadowed(server, 0, shadowed=6 * 700)
         answers = run_through_a_kill(server, later, generated=60)
         assert_same(expected_later, answers)
