@@ -26,25 +26,38 @@ from sglang_kevlar.protocol.shadow import (
 )
 from sglang_kevlar.shadow import sender as sender_module
 from sglang_kevlar.shadow import server as server_module
-from sglang_kevlar.shadow import window as window_module
+from sglang_kevlar.transport import Transport, TransportError, choose, require
+from sglang_kevlar.transport import shared_memory as shm_module
 
 WINDOW = 8 * LAYOUT.block_bytes
+
+
+#: engines of Mooncake last as long as the process does
+SPARE: list[Transport] = []
 
 
 class World:
     """Makes what a test needs, and ends it."""
 
-    def __init__(self, directory) -> None:
+    def __init__(self, directory, transport: str) -> None:
         self.directory = directory
+        self._name = transport
+        self._transports: list[Transport] = []
         self.launch = secrets.token_hex(4)
         self._made: list = []
 
+    def transport(self) -> Transport:
+        """One as of a process of its own."""
+        spare = SPARE.pop() if SPARE and self._name == "mooncake" else choose(self._name, "127.0.0.1")
+        self._transports.append(spare)
+        return spare
+
     def store(self, *args, **kwargs) -> Store:
-        self._made.append(store := Store(self.directory, *args, **kwargs))
+        self._made.append(store := Store(self.directory, self.transport(), *args, **kwargs))
         return store
 
     def source(self, *args, **kwargs) -> Source:
-        source = Source(self.directory, self.launch, *args, **kwargs)
+        source = Source(self.directory, self.launch, self.transport(), *args, **kwargs)
         self._made.append(source.sender)
         return source
 
@@ -53,27 +66,33 @@ class World:
         return proxy
 
     def peer(self, *args, **kwargs) -> Peer:
-        peer = Peer(args[0], self.launch, *args[1:], **kwargs)
+        peer = Peer(args[0], self.launch, self.transport(), *args[1:], **kwargs)
         self._made.append(peer)
         return peer
 
     def windows(self) -> list[str]:
-        return [name for name in os.listdir(window_module.DIRECTORY) if self.launch in name]
+        return [name for name in os.listdir(shm_module.DIRECTORY) if self.launch in name]
 
     def end(self) -> None:
         for made in reversed(self._made):
             made.close() if isinstance(made, Peer) else made.stop()
         assert self.windows() == []
+        if self._name == "mooncake":
+            SPARE.extend(self._transports)
 
 
-@pytest.fixture
-def world(tmp_path, monkeypatch):
+@pytest.fixture(params=["shm", "mooncake"])
+def world(request, tmp_path, monkeypatch):
+    try:
+        require(request.param)
+    except TransportError as error:
+        pytest.skip(str(error))
     monkeypatch.setattr(sender_module, "WINDOW_BYTES", WINDOW)
     monkeypatch.setattr(server_module, "STOP_POLL", 20)
     monkeypatch.setattr(sender_module, "TICK", 20)
     monkeypatch.setattr(sender_module, "PAUSE", 0.0)
     monkeypatch.setattr(sender_module, "COUNTERS_INTERVAL", 0.02)
-    world = World(tmp_path)
+    world = World(tmp_path, request.param)
     yield world
     world.end()
 
@@ -228,12 +247,13 @@ def test_what_a_target_refuses_is_asked_again_later(world, monkeypatch):
     assert store.counters.rejected_frames >= 2
 
 
+@pytest.mark.parametrize("world", ["shm"], indirect=True)
 def test_without_shared_memory_there_is_no_shadow_until_there_is(world, monkeypatch):
     """A container has 64 MiB of it by default, and writing to more would end the process."""
     monkeypatch.setattr(sender_module, "RETRY", 0.2)
-    free = os.statvfs(window_module.DIRECTORY)
-    with pytest.raises(OSError):
-        window_module.create(f"kevlar-{world.launch}-g0e0.window0.0", free.f_blocks * free.f_frsize + (1 << 20))
+    free = os.statvfs(shm_module.DIRECTORY)
+    with pytest.raises(TransportError, match="No space"):
+        world.transport().offer(f"kevlar-{world.launch}-g0e0.window0.0", free.f_blocks * free.f_frsize + (1 << 20))
     assert world.windows() == []
 
     def full(*_):
@@ -327,10 +347,12 @@ def test_lost_tickets_end_however_much_traffic_there_is(world, monkeypatch):
 # -- harm
 
 
-def flip_window(source: Source):
+def flip_window(source: Source, store: Store):
     def harm(parcel: Parcel, data: bytes) -> list[bytes]:
-        window = source.sender._window
-        if window is not None:  # it may just begin anew
+        windows = [session.window for session in list(store.server._sessions.values())]
+        if isinstance(source.sender._window, shm_module.OutgoingWindow):
+            windows = [source.sender._window]  # the same memory; there it may be written
+        for window in windows:  # there is none while it begins anew
             window.bytes[parcel.offset + 5] ^= 1
         return [data]
 
@@ -396,7 +418,7 @@ def test_bytes_that_change_in_the_window_are_noticed(world):
     proxy = world.proxy(store)
     source = world.source().to(proxy).linked()
     keys = sequence(1, 16)
-    done = proxy.once(Parcel, flip_window(source), after=2)
+    done = proxy.once(Parcel, flip_window(source, store), after=2)
     eventually(lambda: source.offer(keys) and done.is_set())
     eventually(lambda: source.counters.resyncs == 1)
     assert store.counters.rejected_frames >= 1
@@ -441,7 +463,7 @@ def test_what_goes_wrong_every_time_is_not_tried_all_the_time(world, monkeypatch
     store = world.store()
     proxy = world.proxy(store)
     source = world.source()
-    harm = flip_window(source)
+    harm = flip_window(source, store)
     proxy.harm = lambda message, data: harm(message, data) if isinstance(message, Parcel) else [data]
     source.to(proxy)
     end = time.monotonic() + 1
@@ -470,7 +492,7 @@ def test_a_line_that_harms_every_few_messages(world, monkeypatch, seed):
         if isinstance(message, Parcel) and dice.random() < 0.08:
             count += 1
             if dice.random() < 0.3:
-                return flip_window(source)(message, data)
+                return flip_window(source, store)(message, data)
             return dice.choice(harms)(message, data)
         if not isinstance(message, Parcel) and dice.random() < 0.05:
             count += 1
@@ -541,6 +563,7 @@ def test_a_source_with_another_layout_is_refused(world, field):
     assert len(store.store) == 0
 
 
+@pytest.mark.parametrize("world", ["shm"], indirect=True)
 @pytest.mark.parametrize(
     ("name", "size", "why"),
     [
@@ -567,16 +590,17 @@ def test_a_window_that_is_not_ours_or_too_short_is_refused(world, name, size, wh
     assert isinstance(peer.ask(peer.hello), Accept), "and it may try again"
 
 
+@pytest.mark.parametrize("world", ["shm"], indirect=True)
 def test_a_window_is_not_reached_through_a_link(world):
     store = world.store()
     peer = world.peer(store)
     (world.directory / "secret").write_bytes(b"x" * 4096)
     link = f"kevlar-{world.launch}-g0e1.window0.1"
-    os.symlink(world.directory / "secret", f"{window_module.DIRECTORY}/{link}")
+    os.symlink(world.directory / "secret", f"{shm_module.DIRECTORY}/{link}")
     try:
         answer = peer.ask(msgspec.structs.replace(peer.hello, window=link))
     finally:
-        window_module.remove(link)
+        os.unlink(f"{shm_module.DIRECTORY}/{link}")
     assert isinstance(answer, Refuse) and "cannot be opened" in answer.reason
 
 

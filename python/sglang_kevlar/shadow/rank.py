@@ -18,12 +18,16 @@ from sglang_kevlar.shadow.promote import Lookups, Promoter, PromoteReq
 from sglang_kevlar.shadow.sender import ShadowSender, Target
 from sglang_kevlar.shadow.server import ShadowServer
 from sglang_kevlar.shadow.store import ShadowStore
+from sglang_kevlar.transport import TransportError, choose
 from sglang_kevlar.worker.resume import ShadowPlanReq
 
 if TYPE_CHECKING:
     from sglang.srt.managers.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
+
+#: all groups are on this host; what listens there is not for the network
+GROUPS_HOST = "127.0.0.1"
 
 
 class RankShadow:
@@ -44,13 +48,15 @@ class RankShadow:
             token_bytes=layout.token_bytes, store_capacity_tokens=capacity * layout.block_tokens
         )
         self._store = ShadowStore(capacity, layout.block_bytes)
-        self._server = ShadowServer(self._endpoint(group, epoch, rank), layout, self._store, self.counters)
+        transport = choose(args.shadow_transport, GROUPS_HOST)
+        self._server = ShadowServer(self._endpoint(group, epoch, rank), layout, self._store, transport, self.counters)
         windows = itertools.count()
         self._sender = ShadowSender(
             group,
             epoch,
             layout,
             args.shadow_bandwidth * 1e6,
+            transport,
             lambda: window_name(plan.launch_id, group, epoch, rank, next(windows)),
             self.counters,
             paths.shadow_counters(group, epoch, rank),
@@ -132,7 +138,7 @@ def start(scheduler: Scheduler, plan: LaunchPlan, paths: Paths, group: int, epoc
         cuda = scheduler.device == "cuda"
         rows = PoolRows(scheduler.token_to_kv_pool_allocator.get_kvcache(), scheduler.forward_stream if cuda else None)
         return RankShadow(scheduler, rows, plan, paths, group, epoch, rank)
-    except ValueError as reason:
+    except (ValueError, TransportError) as reason:
         logger.warning("KV is not shadowed: %s. A request of a lost worker group is computed again.", reason)
         return None
 
