@@ -27,6 +27,7 @@ from sglang_kevlar.protocol.shadow import (
 from sglang_kevlar.shadow import sender as sender_module
 from sglang_kevlar.shadow import server as server_module
 from sglang_kevlar.transport import Transport, TransportError, choose, require
+from sglang_kevlar.transport import mooncake as mooncake_module
 from sglang_kevlar.transport import shared_memory as shm_module
 
 WINDOW = 8 * LAYOUT.block_bytes
@@ -41,14 +42,14 @@ class World:
 
     def __init__(self, directory, transport: str) -> None:
         self.directory = directory
-        self._name = transport
+        self.transport_name = transport
         self._transports: list[Transport] = []
         self.launch = secrets.token_hex(4)
         self._made: list = []
 
     def transport(self) -> Transport:
         """One as of a process of its own."""
-        spare = SPARE.pop() if SPARE and self._name == "mooncake" else choose(self._name, "127.0.0.1")
+        spare = SPARE.pop() if SPARE and self.transport_name == "mooncake" else choose(self.transport_name, "127.0.0.1")
         self._transports.append(spare)
         return spare
 
@@ -77,7 +78,7 @@ class World:
         for made in reversed(self._made):
             made.close() if isinstance(made, Peer) else made.stop()
         assert self.windows() == []
-        if self._name == "mooncake":
+        if self.transport_name == "mooncake":
             SPARE.extend(self._transports)
 
 
@@ -352,8 +353,10 @@ def flip_window(source: Source, store: Store):
         windows = [session.window for session in list(store.server._sessions.values())]
         if isinstance(source.sender._window, shm_module.OutgoingWindow):
             windows = [source.sender._window]  # the same memory; there it may be written
-        for window in windows:  # there is none while it begins anew
-            window.bytes[parcel.offset + 5] ^= 1
+        for window in windows:
+            memory = getattr(window, "bytes", None)
+            if memory is not None:  # it may just begin anew
+                memory[parcel.offset + 5] ^= 1
         return [data]
 
     return harm
@@ -518,6 +521,72 @@ def test_a_line_that_harms_every_few_messages(world, monkeypatch, seed):
     eventually(lambda: source.offer(keys, request) and store.has(keys) == len(keys))
     for keys, _ in running:
         store.has(keys)
+
+
+@pytest.mark.parametrize("world", ["mooncake"], indirect=True)
+def test_what_an_older_session_still_writes_is_noticed_by_the_one_that_has_its_window_now(world):
+    """A one-sided write that has begun cannot be called back."""
+    store = world.store()
+    old, between, new = [world.peer(store) for _ in range(3)]
+    for peer in (old, between, new):
+        assert isinstance(peer.ask(peer.hello), Accept)
+    parcel = new.parcel(sequence(1, 3), 0)
+    assert old.window._address == new.window._address
+    old.parcel(sequence(2, 3), 0)
+    answer = new.ask(parcel)
+    assert isinstance(answer, Resync) and "checksum" in answer.reason
+    assert store.has(sequence(1, 3)) == store.has(sequence(2, 3)) == 0
+    assert isinstance(new.ask(new.hello), Accept)
+    assert isinstance(new.ask(new.parcel(sequence(1, 3), 0)), Ack)
+    assert store.has(sequence(1, 3)) == 3
+
+
+@pytest.mark.parametrize("world", ["mooncake"], indirect=True)
+@pytest.mark.parametrize("harm", ["refused by the target", "of no such target"])
+def test_a_write_that_fails_ends_the_session_and_the_next_is_whole(world, harm):
+    store = world.store()
+    source = world.source()
+    source.to(store).linked()
+    outgoing = source.sender._window
+    if harm == "refused by the target":
+        outgoing._address -= 1 << 40
+    else:
+        outgoing._target = "127.0.0.1:1"
+    keys = sequence(1, 16)
+    eventually(lambda: source.offer(keys, b"request") and source.counters.resyncs == 1)
+    source.send(keys, b"request")
+    assert store.has(keys) == 16 and store.counters.rejected_frames == 0
+    assert source.counters.resyncs == 1 and source.sender._staged == 0
+
+
+@pytest.mark.parametrize("world", ["mooncake"], indirect=True)
+def test_writes_that_always_fail_are_not_tried_all_the_time(world, monkeypatch):
+    monkeypatch.setattr(sender_module, "PAUSE", 0.2)
+
+    def fail(*_):
+        raise TransportError("no route")
+
+    store, source = world.store(), world.source()
+    with monkeypatch.context() as patch:
+        patch.setattr(mooncake_module.OutgoingWindow, "push", fail)
+        source.to(store)
+        end = time.monotonic() + 1
+        while time.monotonic() < end:
+            source.offer(sequence(1, 4))
+            time.sleep(0.002)
+    assert 2 <= source.counters.resyncs <= 6 and source.slowest < 0.1
+    source.send(sequence(1, 4))
+    assert store.has(sequence(1, 4)) == 4
+
+
+def test_a_source_with_another_transport_is_refused(world):
+    store = world.store()
+    peer = world.peer(store)
+    for window in {"shm": ["mooncake"], "mooncake": ["", f"kevlar-{world.launch}-g0e1.window0.0"]}[
+        world.transport_name
+    ]:
+        assert isinstance(peer.ask(msgspec.structs.replace(peer.hello, window=window)), Refuse)
+    assert isinstance(peer.ask(peer.hello), Accept)
 
 
 # -- who may open a session

@@ -99,28 +99,30 @@ class _Engine:
 
 
 class _Memory:
-    """Buffers of an engine, registered when they are first needed, and kept."""
+    """Buffers of an engine in one role, registered when they are first needed, and kept."""
 
     def __init__(self, engine: _Engine) -> None:
         self._engine = engine
+        #: all of them: none goes away because its window was not closed
+        self._buffers: list[np.ndarray] = []
         self._free: list[np.ndarray] = []
-        self._total = 0
 
     def take(self, size: int) -> np.ndarray:
         """uint8 (size,). Raises TransportError."""
         for position, buffer in enumerate(self._free):
             if len(buffer) == size:
                 return self._free.pop(position)
-        if not 0 < size <= MAX_WINDOWS - self._total:
-            raise TransportError(f"no window of {size} bytes: {self._total} of {MAX_WINDOWS} are taken")
+        total = sum(map(len, self._buffers))
+        if not 0 < size <= MAX_WINDOWS - total:
+            raise TransportError(f"no window of {size} bytes: {total} of {MAX_WINDOWS} are taken")
         try:
             buffer = np.frombuffer(mmap.mmap(-1, size), dtype=np.uint8)
         except OSError as error:
             raise TransportError(f"no window of {size} bytes: {error}") from None
-        # This one does not hold the interpreter's lock.
+        # The call for a single one would hold the interpreter's lock.
         if self._engine.calls.batch_register_memory([buffer.ctypes.data], [size]) != 0:
             raise TransportError(f"Mooncake cannot register {size} bytes of memory; its message is above")
-        self._total += size
+        self._buffers.append(buffer)
         return buffer
 
     def give_back(self, buffer: np.ndarray) -> None:
