@@ -561,7 +561,7 @@ def test_a_write_that_fails_ends_the_session_and_the_next_is_whole(world, harm):
 
 @pytest.mark.parametrize("world", ["mooncake"], indirect=True)
 def test_writes_that_always_fail_are_not_tried_all_the_time(world, monkeypatch):
-    monkeypatch.setattr(sender_module, "PAUSE", 0.2)
+    monkeypatch.setattr(sender_module, "RETRY", 0.2)
 
     def fail(*_):
         raise TransportError("no route")

@@ -47,7 +47,7 @@ TICK = 100
 #: seconds without parcels when two sessions went wrong shortly one after the other: the next may, too, and each costs
 #: copies of everything
 PAUSE = 1.0
-#: seconds before a target that refused, or for which there was no window, is tried again
+#: seconds before a target that refused or cannot be reached, or for which there was no window, is tried again
 RETRY = 30.0
 COUNTERS_INTERVAL = 0.5
 
@@ -299,7 +299,9 @@ class ShadowSender:
                 try:
                     self._window.accepted(message.window)
                 except TransportError as error:
-                    self._start_over(str(error))
+                    logger.error("worker group %d cannot be sent our KV: %s", target.group, error)
+                    self._counters.resyncs += 1
+                    self._close_socket()
                     continue
                 self._sent_sequence = 0
                 self._unacknowledged.clear()

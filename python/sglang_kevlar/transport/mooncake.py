@@ -7,6 +7,7 @@ Over RDMA or NVLink where it finds them, otherwise over TCP. Facts about it (0.3
   that one, its checksums tell. Memory that a source packs is never used as a window, and the other way round.
 * It remembers for good what it once learnt of a name, which is a host and a port. A process that comes back under the
   name of another cannot be written to; a new engine can.
+* It waits a minute, whatever is set, for the first answer of a process that it can connect to.
 * Its synchronous calls wait by spinning. Those of the engine's beginning and end hold the interpreter's lock, the end
   for up to seconds: so there is one for the life of a process.
 """
@@ -146,6 +147,9 @@ class OutgoingWindow:
         except ValueError:
             raise TransportError(f"{descriptor[:100]!r} is no window of Mooncake's") from None
         self._transport.check_name(self._target, identity)
+        # The first contact waits for up to a minute for a target that has stopped. This one has just answered. And
+        # where nothing arrives, nothing is packed.
+        self.push(0, 1)
 
     def push(self, offset: int, size: int) -> None:
         calls = self._engine.calls
