@@ -43,6 +43,10 @@ def _not_negative_number(value: float) -> str | None:
     return None if 0 <= value < float("inf") else f"must be a number and not negative, got {value}"
 
 
+def _share(value: float) -> str | None:
+    return None if 0 <= value <= 1 else f"must be between 0 and 1, got {value}"
+
+
 def _usable_run_dir(value: str | None) -> str | None:
     # Unix sockets are limited to 107 characters; the longest name in the directory takes about 30 of them.
     if value is None:
@@ -118,6 +122,12 @@ _FLAGS: dict[str, _Flag] = {
         "has to be installed.",
         _one_of(_TRANSPORTS),
         f"{{{','.join(_TRANSPORTS)}}}",
+    ),
+    "shadow_audit": _Flag(
+        "Share (0 to 1) of the requests with KV in the shadow that are computed all the same, to compare it. The log "
+        "and /kevlar/status say what came out. With it, nothing is promoted ahead.",
+        _share,
+        "SHARE",
     ),
 }
 

@@ -333,6 +333,65 @@ def test_a_poisoned_shadow_changes_what_comes_after_it(models: Path, tmp_path: P
         server.stop()
 
 
+@pytest.mark.parametrize("poisoned", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.timeout(600)
+def test_an_audit_tells_a_poisoned_shadow_from_a_true_one(models: Path, tmp_path: Path, poisoned: bool) -> None:
+    """And what is audited is computed, so that it is right whatever the shadow held."""
+    path = f"{POISON}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    env = {**CHECKS, **({"PYTHONPATH": path} if poisoned else {})}
+    server = Server(models / "llama-f32", tmp_path / "log", "--shadow-audit", "1", env=env)
+    try:
+        wait_linked(server)
+        cases = [request(tokens(512, seed), 200) for seed in range(2)]
+        expected = run_all(server, cases)
+        # One after the other: one request is audited at a time.
+        for case, answer in zip(cases, expected, strict=True):
+            wait_linked(server)
+            flush(server)
+            (moved,) = run_through_a_kill(server, [case], generated=60)
+            assert moved.redirects == 1 and moved.recomputed >= 512
+            assert_same([answer], [moved])
+            group = next(group["id"] for group in server.status()["groups"] if group["state"] == "ready")
+            server.wait(lambda s, group=group: audited(s, group) >= 32, "an audit", 20)
+            assert (audited(server.status(), group, "wrong_blocks") > 0) == poisoned
+        assert ("is not what the model computes" in server.log.read_text(errors="replace")) == poisoned
+    finally:
+        server.stop()
+
+
+def audited(status: dict[str, Any], group: int, what: str = "audited_blocks") -> int:
+    count: int = status["groups"][group]["shadow"]["store"][what]
+    return count
+
+
+@pytest.mark.timeout(900)
+def test_one_standby_for_two_groups_has_their_kv_in_its_pool_before_both_are_lost(models: Path, tmp_path: Path) -> None:
+    server = Server(models / "llama-f32", tmp_path / "log", "--standby-groups", "1", groups=3, env=CHECKS)
+    try:
+        wait_linked(server)
+        cases = [request(tokens(1500, seed), 2500) for seed in range(4)]
+        expected = run_all(server, cases)
+        flush(server)
+        with ThreadPoolExecutor(len(cases)) as pool:
+            running = [pool.submit(case.run, server.url) for case in cases]
+            server.wait(lambda s: ahead(s, 2) >= 4 * 1500, "promotion ahead", 60)
+            groups = server.wait(lambda s: all(g["running"] == 2 for g in s["groups"][:2]), "all run", 20)["groups"]
+            assert groups[2]["running"] == 0 and [g["shadow"]["to"] for g in groups[:2]] == [2, 2]
+            server.kill(0)
+            server.kill(1)
+            answers = [one.result() for one in running]
+        assert_same(expected, answers)
+        assert [answer.redirects for answer in answers] == [1] * 4
+        assert max(answer.recomputed for answer in answers) <= RECOMPUTED
+    finally:
+        server.stop()
+
+
+def ahead(status: dict[str, Any], group: int) -> int:
+    tokens: int = status["groups"][group]["shadow"]["store"]["promoted_ahead_tokens"]
+    return tokens
+
+
 @pytest.mark.timeout(900)
 def test_a_dedicated_standby_that_stops_for_a_while(models: Path, tmp_path: Path) -> None:
     """Serving does not notice that nobody takes the shadow; when somebody does again, it is made complete."""

@@ -37,6 +37,7 @@ from sglang_kevlar.shadow.store import ShadowStore  # noqa: E402
 from sglang_kevlar.transport import Transport  # noqa: E402
 
 TOKENS = 4
+ORIGIN = ("adapter", "salt")
 LAYOUT = Layout(
     version=SHADOW_VERSION,
     upstream="0",
@@ -73,11 +74,21 @@ def rows_of(keys: list[bytes]) -> list[np.ndarray]:
     return rows
 
 
+#: by key: the tokens of the block
+TOKENS_OF: dict[bytes, bytes] = {}
+
+
+def tokens_of(keys: list[bytes]) -> bytes:
+    return b"".join(TOKENS_OF[key] for key in keys)
+
+
 def sequence(name: int, blocks: int, shared: int = 0) -> list[bytes]:
     """Keys of a sequence; the first ``shared`` blocks are those of every other."""
     tokens = array("q", [0] * shared * TOKENS + [name] * (blocks - shared) * TOKENS)
     chain = KeyChain(root_key("weights", None, None), TOKENS)
     chain.grow(tokens)
+    for position, key in enumerate(chain.keys):
+        TOKENS_OF[key] = tokens[position * TOKENS : (position + 1) * TOKENS].tobytes()
     return chain.keys
 
 
@@ -132,7 +143,15 @@ class Source:
             for start in range(first, last, piece_blocks):
                 end = min(last, start + piece_blocks)
                 parent = keys[start - 1] if start else None
-                piece = Piece(keys[start:end], parent, staged, (start - first) * TOKENS, request)
+                piece = Piece(
+                    keys=keys[start:end],
+                    parent=parent,
+                    staged=staged,
+                    first=(start - first) * TOKENS,
+                    tokens=tokens_of(keys[start:end]),
+                    origin=ORIGIN,
+                    request=request,
+                )
                 self.sender.queue(piece, link)
             self.sender.wake()
         self.most_staged = max(self.most_staged, self.sender._staged)
@@ -147,11 +166,17 @@ class Source:
 
 class Store:
     def __init__(
-        self, directory: Any, transport: Transport, name: str = "store", capacity: int = 64, start: bool = True
+        self,
+        directory: Any,
+        transport: Transport,
+        name: str = "store",
+        capacity: int = 64,
+        start: bool = True,
+        readers: int = 1,
     ) -> None:
         self.counters = ShadowCounters()
         self.endpoint = f"ipc://{directory}/{name}"
-        self.store = ShadowStore(capacity, LAYOUT.block_bytes)
+        self.store = ShadowStore(capacity, LAYOUT.block_bytes, readers)
         self.server = ShadowServer(self.endpoint, LAYOUT, self.store, transport, self.counters)
         self._started = False
         if start:
@@ -231,7 +256,16 @@ class Peer:
         if self._accepted:
             self.window.push(offset, len(keys) * LAYOUT.block_bytes)
         crcs = [zlib.crc32(content(key).data) for key in keys]
-        parcel = Parcel(session=self.session, sequence=number, offset=offset, parent=None, keys=keys, crcs=crcs)
+        parcel = Parcel(
+            session=self.session,
+            sequence=number,
+            offset=offset,
+            parent=None,
+            keys=keys,
+            crcs=crcs,
+            tokens=tokens_of(keys),
+            origin=ORIGIN,
+        )
         return msgspec.structs.replace(parcel, **changes)
 
     def close(self) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import frontend_fakes  # noqa: F401  (before sglang)
-from sglang_kevlar.control.shadow_keys import KeyChain, root_key
+from sglang_kevlar.control.shadow_keys import KeyChain, belong, root_key
 from sglang_kevlar.control.shadow_link import ShadowLink
 from sglang_kevlar.protocol.shadow import ShadowCounters
 from sglang_kevlar.shadow.export import DECODE_INTERVAL, SENT_AGAIN, Exporter
@@ -40,6 +40,7 @@ class Sender:
         self.sent: dict[bytes, list[int]] = {}
         self.order: list[bytes | None] = []
         self.ended_requests: list[bytes] = []
+        self.origin: tuple[str | None, str | None] = (None, None)
 
     def room(self) -> int:
         return self.blocks if self.link is not None else 0
@@ -52,6 +53,7 @@ class Sender:
             at = piece.first + i * BLOCK
             assert key not in self.sent, "sent twice"
             self.sent[key] = piece.staged[at : at + BLOCK]
+        assert belong(piece.keys, piece.parent, piece.tokens) and piece.origin == self.origin
         self.order.append(piece.request)
 
     def ended(self, request: bytes, link: ShadowLink) -> None:

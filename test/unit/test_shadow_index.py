@@ -12,6 +12,7 @@ from sglang_kevlar.control.shadow_index import StoreIndex
 
 CHAINS = 4
 DEPTH = 6
+TOKENS, ORIGIN = b"", (None, None)
 REQUESTS = [b"r0", b"r1", b"r2"]
 
 
@@ -89,7 +90,9 @@ class IndexMachine(RuleBasedStateMachine):
             if now not in self.held:
                 full = len(self.held) == self.capacity
                 allowed = self.victims(parent, request is not None) if full else set()
-                slot, evicted = self.index.add(key(now), parent and key(parent), len(now), request is not None)
+                slot, evicted = self.index.add(
+                    key(now), parent and key(parent), len(now), TOKENS, ORIGIN, request is not None
+                )
                 gone = [other.decode() for other in evicted]
                 assert len(gone) == (1 if full and allowed else 0)
                 assert set(gone) <= allowed
@@ -112,7 +115,7 @@ class IndexMachine(RuleBasedStateMachine):
     def put_without_parent(self, path: str) -> None:
         if path[:-1] not in self.held:
             for live in (False, True):
-                assert self.index.add(key(path), key(path[:-1]), 0, live) == (None, [])
+                assert self.index.add(key(path), key(path[:-1]), 0, TOKENS, ORIGIN, live) == (None, [])
 
     @rule(request=st.sampled_from(REQUESTS))
     def end(self, request: bytes) -> None:
@@ -179,7 +182,12 @@ class IndexMachine(RuleBasedStateMachine):
         self.index.check()
         assert len(self.index) == len(self.held) <= self.capacity
         assert self.index.evicted == self.evicted
+        assert {leaf.decode() for leaf in self.index.live_leaves()} == set(self.leaves.values())
+        depths = [len(leaf) for leaf in self.index.live_leaves()]
+        assert depths == sorted(depths, reverse=True)
+        assert set(self.index.newest(3)) <= {key(path) for path in self.held}
         for path, block in self.held.items():
+            assert self.index.path(key(path)) == [key(above) for above in self.chain(path)]
             ours = self.index.get(key(path))
             assert (ours.depth, ours.live, ours.pins) == (len(path) - 1, len(block.live), block.pins)
 
@@ -192,7 +200,7 @@ class IndexMachine(RuleBasedStateMachine):
         self.index.clear()
         self.index.check()
         assert len(self.index) == 0
-        slots = {self.index.add(b"%d" % n, None, 0, False)[0] for n in range(self.capacity)}
+        slots = {self.index.add(b"%d" % n, None, 0, TOKENS, ORIGIN, False)[0] for n in range(self.capacity)}
         assert slots == set(range(self.capacity))
 
 
@@ -205,7 +213,7 @@ def chain(index: StoreIndex, name: bytes, length: int, request: bytes | None = N
     keys: list[bytes] = []
     for number in range(length):
         block = b"%s%d" % (name, number)
-        if index.add(block, keys[-1] if keys else None, 0, request is not None)[0] is None:
+        if index.add(block, keys[-1] if keys else None, 0, TOKENS, ORIGIN, request is not None)[0] is None:
             break
         keys.append(block)
         if request is not None:
@@ -217,19 +225,19 @@ def test_a_prefix_in_use_outlives_what_was_once_behind_it():
     """The system prompt of all requests must not go with the oldest of its answers."""
     index = StoreIndex(4)
     prefix = chain(index, b"system", 1)
-    index.add(b"answer", prefix[0], 0, False)
-    index.add(b"other", None, 0, False)
-    index.add(b"more", None, 0, False)
+    index.add(b"answer", prefix[0], 0, TOKENS, ORIGIN, False)
+    index.add(b"other", None, 0, TOKENS, ORIGIN, False)
+    index.add(b"more", None, 0, TOKENS, ORIGIN, False)
     index.pin(prefix)
     index.unpin(prefix)
-    evicted = [index.add(b"new%d" % number, None, 0, False)[1] for number in range(4)]
+    evicted = [index.add(b"new%d" % number, None, 0, TOKENS, ORIGIN, False)[1] for number in range(4)]
     assert evicted == [[b"answer"], [b"other"], [b"more"], [b"system0"]]
 
 
 def test_finished_sequences_never_cost_a_running_one():
     index = StoreIndex(4)
     assert len(chain(index, b"run", 4, b"request")) == 4
-    assert index.add(b"idle", None, 0, False) == (None, [])
+    assert index.add(b"idle", None, 0, TOKENS, ORIGIN, False) == (None, [])
     assert index.longest([b"run0", b"run1", b"run2", b"run3"]) == 4
     index.check()
 

@@ -9,7 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_kevlar.control.shadow_keys import KEY_BYTES, MIN_BLOCK_TOKENS, KeyChain, block_tokens, root_key
+from sglang_kevlar.control.shadow_keys import (
+    KEY_BYTES,
+    MIN_BLOCK_TOKENS,
+    KeyChain,
+    belong,
+    block_tokens,
+    root_key,
+)
 
 BLOCK = 4
 #: few values, so that equal prefixes are common; and the largest, so that none is cut off
@@ -83,3 +90,23 @@ def test_a_chain_grows_by_whole_blocks_of_int64_only(bad):
     with pytest.raises(AssertionError):
         chain.grow(bad)
     assert chain.keys == []
+
+
+@given(tokens.filter(bool), st.data())
+@settings(max_examples=200, deadline=None)
+def test_tokens_belong_to_their_keys_and_no_others_do(sequence: array[int], data: st.DataObject):
+    root = b"r" * KEY_BYTES
+    keys = keys_of(sequence, root)
+    start = data.draw(st.integers(0, len(keys) - 1))
+    parent = keys[start - 1] if start else root
+    own = sequence[start * BLOCK :]
+    assert belong(keys[start:], parent, own.tobytes())
+    wrong = own[:]
+    wrong[data.draw(st.integers(0, len(wrong) - 1))] ^= 1
+    assert not belong(keys[start:], parent, wrong.tobytes())
+    assert not belong(keys[start:], b"p" * KEY_BYTES, own.tobytes())
+    # Of a first block nobody can say; of what follows it they can.
+    assert belong(keys[:1], None, wrong[:BLOCK].tobytes())
+    changed = keys[:]
+    changed[0] = b"x"
+    assert belong(changed, None, sequence.tobytes()) == (len(keys) == 1)

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 import zlib
+from array import array
 
 import numpy as np
 import pytest
@@ -14,11 +15,17 @@ from sglang_kevlar.shadow import store as store_module
 from sglang_kevlar.shadow.store import DamagedBlock, ShadowStore
 
 BLOCK = 64
+ORIGIN = ("adapter", "salt")
 
 
 def content(key: bytes) -> np.ndarray:
     """The bytes that belong to a key."""
     return np.random.default_rng(zlib.crc32(key)).integers(0, 256, BLOCK, dtype=np.uint8)
+
+
+def tokens(keys: list[bytes]) -> bytes:
+    """Two of them for each block."""
+    return array("q", [number for key in keys for number in (len(key), zlib.crc32(key))]).tobytes()
 
 
 def names(prefix: str, count: int) -> list[bytes]:
@@ -29,7 +36,7 @@ def put(
     store: ShadowStore, keys: list[bytes], parent: bytes | None = None, request: bytes | None = None
 ) -> list[bytes]:
     data = np.stack([content(key) for key in keys])
-    return store.put(keys, parent, [zlib.crc32(row.data) for row in data], data, request)
+    return store.put(keys, parent, [zlib.crc32(row.data) for row in data], tokens(keys), ORIGIN, data, request)
 
 
 def holds(store: ShadowStore, keys: list[bytes], ticket: str = "check") -> int:
@@ -50,7 +57,7 @@ def test_what_is_put_is_read_also_when_the_source_overwrites_its_copy():
     store = ShadowStore(8, BLOCK)
     keys = names("a", 3)
     data = np.stack([content(key) for key in keys])
-    assert store.put(keys, None, [zlib.crc32(row.data) for row in data], data, None) == []
+    assert store.put(keys, None, [zlib.crc32(row.data) for row in data], tokens(keys), ORIGIN, data, None) == []
     data[:] = 0
     assert put(store, names("a", 5)[2:], parent=keys[1]) == []
     assert put(store, [b"b"], parent=b"a1") == []
@@ -104,9 +111,23 @@ def test_a_block_damaged_on_the_way_is_not_kept_nor_what_follows(damaged):
     crcs = [zlib.crc32(row.data) for row in data]
     data[damaged, 7] ^= 128
     with pytest.raises(DamagedBlock):
-        store.put(keys, None, crcs, data, b"r")
+        store.put(keys, None, crcs, tokens(keys), ORIGIN, data, b"r")
     assert len(store) == damaged == holds(store, keys)
     assert put(store, keys) == [] and holds(store, keys) == 3
+
+
+def test_it_knows_the_tokens_of_what_runs_longest_first():
+    store = ShadowStore(16, BLOCK)
+    put(store, names("long", 4)[:2], request=b"a")
+    put(store, names("long", 4)[2:], parent=b"long1", request=b"a")
+    put(store, names("short", 2), request=b"b")
+    put(store, names("idle", 6))
+    assert store.running() == [b"long3", b"short1"]
+    assert store.sequence(b"long3") == (names("long", 4), array("q", tokens(names("long", 4))), ORIGIN)
+    assert store.sequence(b"gone") is None
+    store.end(b"a")
+    assert store.running() == [b"short1"]
+    assert store.newest(3) == [b"idle5", b"idle4", b"idle3"] and len(store.newest(100)) == 12
 
 
 @pytest.mark.parametrize("damaged", [0, 1, 2])

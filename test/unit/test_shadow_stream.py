@@ -9,8 +9,9 @@ import threading
 import time
 
 import msgspec
+import numpy as np
 import pytest
-from shadow_world import LAYOUT, Peer, Proxy, Source, Store, eventually, sequence
+from shadow_world import LAYOUT, TOKENS, Peer, Proxy, Source, Store, content, eventually, sequence
 
 from sglang_kevlar.protocol.shadow import (
     Accept,
@@ -26,6 +27,7 @@ from sglang_kevlar.protocol.shadow import (
 )
 from sglang_kevlar.shadow import sender as sender_module
 from sglang_kevlar.shadow import server as server_module
+from sglang_kevlar.shadow.shelf import SharedStore
 from sglang_kevlar.transport import Transport, TransportError, choose, require
 from sglang_kevlar.transport import mooncake as mooncake_module
 from sglang_kevlar.transport import shared_memory as shm_module
@@ -156,6 +158,34 @@ def test_a_source_pauses_for_longer_than_a_store_may_be_silent(world, monkeypatc
     source.send(sequence(2, 2))
     assert source.counters.resyncs == 0 and source.windows == 1
     assert store.has(sequence(1, 2)) == 2
+
+
+def test_what_the_target_holds_from_before_is_not_sent_again(world):
+    store, first = world.store(), world.source(group=0)
+    keys = sequence(1, 10)
+    first.to(store).linked().send(keys[:6])
+    first.to(None)
+    eventually(lambda: first.sender.link is None)
+    first.to(store).linked().send(keys)
+    assert first.counters.sent_tokens == 10 * TOKENS and store.has(keys) == 10
+    other = world.source(group=1).to(store).linked()
+    other.send(keys, b"request")
+    assert other.counters.sent_tokens == 0
+    # What it was told of and is there no longer, it hears of.
+    store.store._memory[store.store._index.get(keys[3]).slot, 0] ^= 1
+    assert store.has(keys) == 3
+    eventually(lambda: other.sender.link.missing(keys, 0) == 3)
+    other.send(keys, b"request")
+    assert other.counters.sent_tokens == 7 * TOKENS and store.has(keys) == 10
+
+
+def test_a_source_that_is_not_told_of_everything_sends_the_rest(world, monkeypatch):
+    monkeypatch.setattr(server_module, "HELD_KEYS", 4)
+    store, first, other = world.store(), world.source(group=0), world.source(group=1)
+    keys = sequence(1, 10)
+    first.to(store).linked().send(keys)
+    other.to(store).linked().send(keys)
+    assert store.has(keys) == 10 and other.counters.linked and other.counters.resyncs == 0
 
 
 # -- a store that is slow, stopped, or somewhere else
@@ -345,6 +375,28 @@ def test_lost_tickets_end_however_much_traffic_there_is(world, monkeypatch):
         number += 1
 
 
+def test_ranks_with_the_same_kv_read_it_in_one_store(world):
+    store = world.store(capacity=4, readers=3)
+    keys, others = sequence(1, 4), sequence(2, 4)
+    source = world.source().to(store).linked().send(keys)
+    asking = world.peer(store)
+    held = asking.ask(Lookup(ticket="t", keys=keys))
+    assert isinstance(held, Held) and held.blocks == 4 and held.shelf is not None
+    readers = [SharedStore(store.endpoint, LAYOUT.block_bytes) for _ in range(2)]
+    for reader in readers:
+        reader.expect("t", held.shelf)
+    assert not source.offer(others)
+    eventually(lambda: source.sender.waiting_tokens == 0)  # there was no room for them
+    store.store.release("t")
+    readers[0].release("t")
+    for reader in readers[1:]:
+        assert np.array_equal(reader.read("t", 1, 3), [content(key) for key in keys[1:]])
+        reader.release("t")
+    eventually(lambda: not store.store._tickets)
+    source.send(others)
+    assert all(key in store.store for key in others)
+
+
 # -- harm
 
 
@@ -391,6 +443,8 @@ HARMS = {
     "a wrong checksum": lambda message, data: change(crcs=[crc ^ 1 for crc in message.crcs])(message, data),
     "fewer checksums": change(crcs=[]),
     "no blocks": change(keys=[], crcs=[]),
+    "fewer tokens": lambda message, data: change(tokens=message.tokens[8:])(message, data),
+    "other tokens": lambda message, data: change(tokens=message.tokens[:-1] + b"\xff")(message, data),
     "behind the window": change(offset=WINDOW - 1),
     "before the window": change(offset=-1),
     "other bytes": lambda message, data: change(offset=(message.offset + 1) % LAYOUT.block_bytes)(message, data),

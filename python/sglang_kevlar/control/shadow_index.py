@@ -9,8 +9,12 @@ cost most to compute again. Pinned blocks never go.
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+#: ``extra_key`` and ``cache_salt`` of a sequence
+Origin = tuple[str | None, str | None]
 
 
 @dataclass(slots=True)
@@ -20,6 +24,9 @@ class Block:
     parent: bytes | None
     depth: int
     crc: int
+    #: its own tokens, and what separates their tree from others: only kept here, for whoever promotes it
+    tokens: bytes
+    origin: Origin
     children: int = 0
     #: running requests of the source whose context includes this block
     live: int = 0
@@ -56,7 +63,13 @@ class StoreIndex:
     def get(self, key: bytes) -> Block:
         return self._blocks[key]
 
-    def add(self, key: bytes, parent: bytes | None, crc: int, live: bool) -> tuple[int | None, list[bytes]]:
+    def newest(self, count: int) -> list[bytes]:
+        """Keys of the ``count`` blocks added last, children before their parents."""
+        return list(itertools.islice(reversed(self._blocks), count))
+
+    def add(
+        self, key: bytes, parent: bytes | None, crc: int, tokens: bytes, origin: Origin, live: bool
+    ) -> tuple[int | None, list[bytes]]:
         """A slot for a block that is not there yet, and the keys evicted for it. ``live``: for a running request.
 
         The slot is None when the parent is not held, or everything is pinned or an ancestor of this block; and, if it
@@ -80,7 +93,7 @@ class StoreIndex:
         if holder is not None:
             holder.children += 1
             depth = holder.depth + 1
-        self._blocks[key] = Block(slot, parent, depth, crc)
+        self._blocks[key] = Block(slot, parent, depth, crc, tokens, origin)
         self._use([key])
         return slot, evicted
 
@@ -102,6 +115,19 @@ class StoreIndex:
         leaf = self._leaves.pop(request, None)
         if leaf is not None:
             self._count_down(leaf)
+
+    def live_leaves(self) -> list[bytes]:
+        """The deepest block of each running request, the deepest first."""
+        return sorted(set(self._leaves.values()), key=lambda leaf: self._blocks[leaf].depth, reverse=True)
+
+    def path(self, key: bytes) -> list[bytes]:
+        """The keys from a first block to ``key``, which is held."""
+        keys = []
+        above: bytes | None = key
+        while above is not None:
+            keys.append(above)
+            above = self._blocks[above].parent
+        return keys[::-1]
 
     def end_all_live(self) -> None:
         """The source is gone: its requests run nowhere, and are about to be moved here, or are over."""

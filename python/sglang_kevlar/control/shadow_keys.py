@@ -10,6 +10,7 @@ Keys form the radix tree: each is made from its parent's, one level a block.
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from hashlib import blake2b
 
 KEY_BYTES = 16
@@ -31,6 +32,20 @@ def root_key(content: str, extra_key: str | None, cache_salt: str | None) -> byt
         digest.update(len(data).to_bytes(8, "little"))
         digest.update(data)
     return digest.digest()
+
+
+def belong(keys: Sequence[bytes], parent: bytes | None, tokens: bytes) -> bool:
+    """Whether ``keys`` are those of ``tokens`` (int64, the same number for each), behind ``parent``.
+
+    Of the first block of a sequence, whose parent is None, this cannot be said.
+    """
+    width = len(tokens) // len(keys)
+    for position, key in enumerate(keys):
+        own = tokens[position * width : (position + 1) * width]
+        if parent is not None and blake2b(parent + own, digest_size=KEY_BYTES).digest() != key:
+            return False
+        parent = key
+    return True
 
 
 class KeyChain:

@@ -2,8 +2,8 @@
 
 The window is memory that the source writes and the target reads. Parcels take room in it in order and give it back in
 order, when the target has acknowledged them, so the amount in flight is bounded by construction. When the target says
-that something did not arrive as sent, or says nothing for too long, the link starts over under a new session: nothing
-is known of the target any more, and what it needs is sent again.
+that something did not arrive as sent, or says nothing for too long, the link starts over under a new session: what is
+known of the target then is what it says it holds, and the rest is sent again.
 """
 
 from __future__ import annotations
@@ -55,10 +55,11 @@ class WindowRing:
 class ShadowLink:
     """Bookkeeping of one session with one target."""
 
-    def __init__(self, window: int) -> None:
+    def __init__(self, window: int, held: Iterable[bytes] = ()) -> None:
+        """``window``: bytes. ``held``: keys that the target holds from before."""
         self.ring = WindowRing(window)
         #: keys that the target holds, or will when what is in flight has arrived
-        self.known: set[bytes] = set()
+        self.known: set[bytes] = set(held)
         self._in_flight: deque[Sent] = deque()
         #: a plain number, because the scheduler's thread reads it while the sender's changes what is in flight
         self.in_flight_tokens = 0

@@ -18,7 +18,7 @@ class ShadowReader:
         self._paths = paths
 
     def read(self, group: int, epoch: int) -> list[ShadowCounters]:
-        """One a rank; empty while there are none."""
+        """One a rank that keeps a shadow; empty while there are none."""
         found = []
         for rank in range(self._ranks):
             try:
@@ -46,6 +46,9 @@ class ShadowReader:
             "store_lookups": store["lookups"],
             "store_hits": store["hits"],
             "promoted_tokens": store["promoted_tokens"],
+            "promoted_ahead_tokens": store["promoted_ahead_tokens"],
+            "audited_blocks": store["audited_blocks"],
+            "wrong_blocks": store["wrong_blocks"],
             "rejected_frames": store["rejected_frames"],
         }
 
@@ -54,7 +57,7 @@ class ShadowReader:
         ranks = self.read(group, epoch)
         if not ranks:
             return None
-        linked = len(ranks) == self._ranks and all(rank.linked for rank in ranks)
+        linked = sum(rank.ranks for rank in ranks) == self._ranks and all(rank.linked for rank in ranks)
         return {
             "to": ranks[0].to[0] if linked and ranks[0].to is not None else None,
             "lag_tokens": max(rank.lag_tokens for rank in ranks),
@@ -75,5 +78,8 @@ class ShadowReader:
                 "lookups": ranks[0].lookups,
                 "hits": ranks[0].hits,
                 "promoted_tokens": ranks[0].promoted_tokens,
+                "audited_blocks": sum(rank.audited_blocks for rank in ranks),
+                "wrong_blocks": sum(rank.wrong_blocks for rank in ranks),
+                "promoted_ahead_tokens": ranks[0].promoted_ahead_tokens,
             },
         }

@@ -34,6 +34,9 @@ SHADOW_GAUGES = {
     "store_lookups": "Times that a prefix was looked for in its store.",
     "store_hits": "Times that it was found there.",
     "promoted_tokens": "Tokens it took from its store into its KV pool.",
+    "promoted_ahead_tokens": "Of those: for requests that still ran on their own group.",
+    "audited_blocks": "Blocks of its store compared with what the model computes (--shadow-audit).",
+    "wrong_blocks": "Of those: blocks that were something else.",
     "rejected_frames": "Messages of the shadow stream that its ranks did not accept.",
 }
 

@@ -50,6 +50,8 @@ class KevlarArgs(msgspec.Struct, frozen=True, kw_only=True):
     shadow_bandwidth: float = 0.0
     #: how its bytes travel (`transport.choose`)
     shadow_transport: Literal["shm", "mooncake"] = "shm"
+    #: share of the promotions that are computed instead, and compared
+    shadow_audit: float = 0.0
 
 
 class LaunchPlan(msgspec.Struct, frozen=True, kw_only=True):

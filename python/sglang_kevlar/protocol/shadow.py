@@ -5,14 +5,15 @@ A source's rank is a DEALER, the store of the same rank of the target a ROUTER. 
 something did not arrive as it was sent, or the store was emptied. Every message names its session, so what is left of
 an older one is dropped.
 
-The ranks of the target ask each other's stores by `Lookup`, from the same socket type.
+The ranks of the target ask each other's stores by `Lookup`, from the same socket type. Where all tensor-parallel ranks
+have the same KV (MLA), only the first of each pipeline stage sends and keeps it; the others read it there.
 """
 
 from __future__ import annotations
 
 import msgspec
 
-SHADOW_VERSION = 2
+SHADOW_VERSION = 3
 
 
 class Layout(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,6 +61,10 @@ class Parcel(msgspec.Struct, frozen=True, kw_only=True, tag="parcel"):
     keys: list[bytes]
     #: CRC-32 of each block
     crcs: list[int]
+    #: int64 each, of all blocks: whoever keeps the KV can put it into a radix tree by itself
+    tokens: bytes
+    #: their ``extra_key`` (LoRA adapter) and ``cache_salt``
+    origin: tuple[str | None, str | None]
     #: the running request this is for; None: of a finished one
     request: bytes | None = None
 
@@ -80,7 +85,10 @@ class Forget(msgspec.Struct, frozen=True, kw_only=True, tag="forget"):
 
 
 class Accept(msgspec.Struct, frozen=True, kw_only=True, tag="accept"):
+    """The session is open. ``held``: keys that need not be sent, of earlier sessions and of other sources."""
+
     session: str
+    held: list[bytes]
     #: descriptor of the target's end of the window (`transport.Incoming`)
     window: str
 
@@ -115,18 +123,36 @@ class Lookup(msgspec.Struct, frozen=True, kw_only=True, tag="lookup"):
     keys: list[bytes]
 
 
+class Shelf(msgspec.Struct, frozen=True, kw_only=True):
+    """Where pinned blocks lie in the memory of the store that holds them, for other ranks on its host."""
+
+    #: file that can be mapped, while the rank lives
+    memory: str
+    slots: list[int]
+
+
 class Held(msgspec.Struct, frozen=True, kw_only=True, tag="held"):
     ticket: str
     blocks: int
+    #: where tensor-parallel ranks share one store
+    shelf: Shelf | None = None
 
 
-ToStore = Hello | Parcel | Ended | Forget | Lookup
+class Release(msgspec.Struct, frozen=True, kw_only=True, tag="release"):
+    """Another rank, which reads the blocks of ``ticket`` too, has done so."""
+
+    ticket: str
+
+
+ToStore = Hello | Parcel | Ended | Forget | Lookup | Release
 FromStore = Accept | Refuse | Ack | Resync | Held
 
 
 class ShadowCounters(msgspec.Struct, kw_only=True):
     """One rank's account of both roles, written to its counters file about twice a second."""
 
+    #: how many ranks it is for: those that have the same KV keep one shadow together
+    ranks: int = 1
     #: (group, epoch) that keeps this rank's shadow, and whether it accepted
     to: tuple[int, int] | None = None
     linked: bool = False
@@ -153,5 +179,10 @@ class ShadowCounters(msgspec.Struct, kw_only=True):
     lookups: int = 0
     hits: int = 0
     promoted_tokens: int = 0
+    #: of those: while their request still ran on its own group
+    promoted_ahead_tokens: int = 0
+    #: compared with what the model computes, and found to be something else
+    audited_blocks: int = 0
+    wrong_blocks: int = 0
     #: CPU seconds of the scheduler's thread in shadow code
     scheduler_cpu_s: float = 0.0

@@ -10,6 +10,7 @@ import time
 import weakref
 from array import array
 from collections import OrderedDict, deque
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -87,6 +88,19 @@ class _Sequence:
         self.sent_again += 1
         self.sent = self.link.missing(self.chain.keys, 0)
         return True
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """Blocks ``first`` to ``last`` of a sequence, to be copied from ``slots``, which hold the KV of ``tokens``."""
+
+    sequence: _Sequence
+    first: int
+    last: int
+    slots: torch.Tensor
+    tokens: array[int]
+    #: the running request that they are for
+    request: bytes | None
 
 
 class Exporter:
@@ -227,27 +241,37 @@ class Exporter:
                     break
                 room -= last - first
                 lag -= (last - first) * self._block
-                slots = self._req_to_token[req.kv.req_pool_idx, first * self._block : last * self._block]
-                copies.append((sequence, first, last, slots, sequence.rid))
+                begin, end = first * self._block, last * self._block
+                slots = self._req_to_token[req.kv.req_pool_idx, begin:end]
+                copies.append(_Copy(sequence, first, last, slots, _tokens(req, begin, end), sequence.rid))
                 link.known.update(sequence.chain.keys[first:last])
             self._copy(copies, link)
         self._counters.lag_tokens = lag + self._sender.waiting_tokens
 
-    def _copy(self, copies: list[tuple[_Sequence, int, int, torch.Tensor, bytes | None]], link: ShadowLink) -> None:
-        """Copy blocks ``first`` to ``last`` of each sequence from its ``slots``, in one go."""
+    def _copy(self, copies: list[_Copy], link: ShadowLink) -> None:
+        """All of them in one go."""
         if not copies:
             return
-        staged = self._rows.read(torch.cat([slots for *_, slots, _ in copies]))
+        staged = self._rows.read(torch.cat([copy.slots for copy in copies]))
         limit = max(1, self._sender.window_bytes // 4 // (self._rows.token_bytes * self._block))
         at = 0
-        for sequence, first, last, _, request in copies:
+        for copy in copies:
+            sequence, first, last, request = copy.sequence, copy.first, copy.last, copy.request
             if request is not None and sequence.announced is None:
                 sequence.announced = weakref.finalize(sequence, self._vanished.append, request)
                 sequence.announced.atexit = False
             for start in range(first, last, limit):
                 end = min(last, start + limit)
-                keys = sequence.chain.keys[start:end]
-                self._sender.queue(Piece(keys, sequence.chain.parent_of(start), staged, at, request), link)
+                piece = Piece(
+                    keys=sequence.chain.keys[start:end],
+                    parent=sequence.chain.parent_of(start),
+                    staged=staged,
+                    first=at,
+                    tokens=copy.tokens[(start - first) * self._block : (end - first) * self._block].tobytes(),
+                    origin=(sequence.extra_key, sequence.cache_salt),
+                    request=request,
+                )
+                self._sender.queue(piece, link)
                 at += (end - start) * self._block
             sequence.sent = last
         self._sender.wake()
@@ -307,7 +331,8 @@ class Exporter:
                 del self._behind[name]
                 continue
             last = min(cached, first + room)
-            self._copy([(sequence, first, last, slots[first * self._block : last * self._block], None)], link)
+            part = slice(first * self._block, last * self._block)
+            self._copy([_Copy(sequence, first, last, slots[part], sequence.tokens[part], None)], link)
             if last == cached:
                 self._counters.dropped_tokens += (len(keys) - cached) * self._block
                 del self._behind[name]

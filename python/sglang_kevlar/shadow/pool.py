@@ -34,6 +34,8 @@ class PoolRows:
 
     def __init__(self, pool: Any, forward_stream: Any = None) -> None:
         """``forward_stream``: the CUDA stream that forward passes run in; None on a CPU."""
+        #: whether all tensor-parallel ranks have the same KV
+        self.replicated = type(pool) is MLATokenToKVPool
         if type(pool) is MHATokenToKVPool:
             if pool.kv_cache_layout != "nhd":
                 raise ValueError(f"the KV layout {pool.kv_cache_layout!r} is not supported")
@@ -45,6 +47,7 @@ class PoolRows:
             raise ValueError(f"KV in a {type(pool).__name__} is not supported")
         self._stream = forward_stream
         self.capacity_tokens = int(pool.size)
+        self._kind: torch.dtype = pool.dtype  # the buffers of fp8 pools are of bytes
         self.dtype = str(pool.dtype).removeprefix("torch.")
         self.row_bytes = [buffer[0].numel() * buffer.element_size() for buffer in self._buffers]
 
@@ -80,6 +83,12 @@ class PoolRows:
                 values = torch.from_numpy(part).view(buffer.dtype).view(len(part), *buffer.shape[1:])
                 buffer.index_copy_(0, slots, values.to(buffer.device))
                 column += width
+
+    def distance(self, one: np.ndarray, other: np.ndarray) -> float:
+        """How far two blocks (uint8) are apart, as a share of the first's norm. NaN where a value is not a number."""
+        first, second = (torch.from_numpy(block).view(self._kind).float() for block in (one, other))
+        norm = torch.linalg.vector_norm(first)
+        return float(torch.linalg.vector_norm(first - second) / norm.clamp_min(1e-30))
 
     def _in_forward_order(self) -> AbstractContextManager[Any]:
         # In the forward passes' own stream: a slot that one of them still writes, for a request that ended meanwhile,

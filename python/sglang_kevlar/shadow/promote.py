@@ -1,155 +1,73 @@
-"""Putting shadowed KV into the device pool, as a cached prefix of a request that is about to be queued.
-
-The first rank looks a request's prefix up in its own store. If it is there, it asks the other ranks' stores, which pin
-what they hold, and sends what all of them have along with the request, in the same broadcast: so every rank puts the
-same blocks into its tree in the same step, and the request then finds them as it finds any cached prefix.
-"""
+"""Putting shadowed KV into the device pool, as a cached prefix."""
 
 from __future__ import annotations
 
-import itertools
-import logging
-import time
-from array import array
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import msgspec
 import torch
-import zmq
-from sglang.srt.managers.io_struct import TokenizedEmbeddingReqInput, TokenizedGenerateReqInput
 from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixParams
 from sglang.srt.mem_cache.common import evict_from_tree_cache
-from sglang.srt.mem_cache.radix_cache import RadixKey
 
-from sglang_kevlar.control.shadow_keys import KeyChain, root_key
-from sglang_kevlar.protocol.shadow import Held, Lookup, ShadowCounters
+from sglang_kevlar.protocol.shadow import ShadowCounters
+from sglang_kevlar.shadow.audit import Auditor
+from sglang_kevlar.shadow.lookup import PromoteReq
 from sglang_kevlar.shadow.pool import PoolRows
+from sglang_kevlar.shadow.shelf import SharedStore
 from sglang_kevlar.shadow.store import ShadowStore
-from sglang_kevlar.worker.resume import ResumedGenerateReqInput
 
-logger = logging.getLogger(__name__)
-
-#: seconds for which a request waits for the other ranks' stores; then it is computed
-LOOKUP_TIMEOUT = 0.5
 #: bytes written to the pool in one go
 WRITE_BYTES = 64 << 20
-
-
-@dataclass(frozen=True)
-class PromoteReq:
-    """In the requests' broadcast, before the request it is for: put these blocks into the tree."""
-
-    ticket: str
-    #: up to the end of the last block
-    tokens: array[int]
-    extra_key: str | None
-    cache_salt: str | None
-    #: the ticket is for ``blocks`` blocks from block ``first`` on; the tree had what is before
-    first: int
-    blocks: int
-
-    @property
-    def key(self) -> RadixKey:
-        return RadixKey(self.tokens, self.extra_key, cache_salt=self.cache_salt)
-
-
-class Lookups:
-    """The first rank's search for what can be promoted."""
-
-    def __init__(
-        self, store: ShadowStore, block: int, tree: Any, peers: Sequence[str], counters: ShadowCounters
-    ) -> None:
-        """``peers``: endpoints of the other ranks' stores."""
-        self._store = store
-        self._counters = counters
-        self._tree = tree
-        self._block = block
-        self._peers = peers
-        self._sockets: list[zmq.Socket[bytes]] = []
-        self._tickets = itertools.count()
-
-    def find(self, message: Any, content: str) -> PromoteReq | None:
-        """What to promote for a request that has just arrived; None for most."""
-        if not len(self._store) or not content or isinstance(message, TokenizedEmbeddingReqInput):
-            return None
-        if not isinstance(message, TokenizedGenerateReqInput) or message.input_ids is None:
-            return None
-        if message.input_embeds is not None or message.positional_embed_overrides is not None:
-            return None
-        tokens = array("q", message.input_ids)
-        if isinstance(message, ResumedGenerateReqInput) and message.resume is not None:
-            tokens.extend(message.resume.output_ids)
-        extra_key = message.extra_key
-        if message.lora_id is not None:
-            extra_key = (extra_key or "") + message.lora_id  # as Req does
-        # Changes nothing in the tree: only this rank asks. The last token is computed in any case, for its logits.
-        usable = (len(tokens) - 1) // self._block
-        cached, _, _ = self._tree.tree_core.match_full_device_prefix(
-            RadixKey(tokens, extra_key, cache_salt=message.cache_salt)
-        )
-        first = cached // self._block
-        if first >= usable:
-            return None
-        self._counters.lookups += 1
-        chain = KeyChain(root_key(content, extra_key, message.cache_salt), self._block)
-        chain.grow(tokens[: (first + 1) * self._block])
-        if chain.keys[first] not in self._store:
-            return None
-        chain.grow(tokens[(first + 1) * self._block : usable * self._block])
-        keys = chain.keys[first:]
-        ticket = f"{message.rid}#{next(self._tickets)}"
-        blocks = self._store.pin(keys, ticket)
-        if blocks and self._peers:
-            blocks = min(blocks, self._ask_peers(ticket, keys[:blocks]))
-        self._counters.hits += blocks > 0
-        # Also when it is 0: what some ranks have pinned is released by it.
-        end = (first + blocks) * self._block
-        return PromoteReq(ticket, tokens[:end], extra_key, message.cache_salt, first, blocks)
-
-    def _ask_peers(self, ticket: str, keys: list[bytes]) -> int:
-        """The fewest blocks that any of the other ranks holds; 0 when one does not answer in time."""
-        if not self._sockets:
-            for peer in self._peers:
-                socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
-                socket.setsockopt(zmq.LINGER, 0)
-                socket.connect(peer)
-                self._sockets.append(socket)
-        question = msgspec.msgpack.encode(Lookup(ticket=ticket, keys=keys))
-        for socket in self._sockets:
-            socket.send(question)
-        deadline = time.monotonic() + LOOKUP_TIMEOUT
-        fewest = len(keys)
-        for socket in self._sockets:
-            while True:
-                if not socket.poll(max(0, int((deadline - time.monotonic()) * 1000))):
-                    logger.warning("a rank's shadow store does not answer; %s is computed again", ticket)
-                    return 0
-                answer = msgspec.msgpack.decode(socket.recv(), type=Held)
-                if answer.ticket == ticket:  # not a late one
-                    fewest = min(fewest, answer.blocks)
-                    break
-        return fewest
+#: share of an active group's pool that stays free for its own requests when KV is promoted ahead
+RESERVE = 0.5
 
 
 class Promoter:
     """Every rank's part: the same for all of them, in the same step."""
 
     def __init__(
-        self, store: ShadowStore, rows: PoolRows, block: int, tree: Any, allocator: Any, counters: ShadowCounters
+        self,
+        store: ShadowStore | SharedStore,
+        stage: int,
+        rows: PoolRows,
+        block: int,
+        req_to_token: torch.Tensor,
+        tree: Any,
+        allocator: Any,
+        standby: bool,
+        counters: ShadowCounters,
     ) -> None:
+        """``store``: of this rank, or the one it shares with others of its pipeline ``stage``.
+
+        ``standby``: the group serves only after another was lost; what it has cached may go for promotions ahead.
+        """
+        self.auditor = Auditor(rows, block, req_to_token, counters)
         self._store = store
+        self._stage = stage
         self._rows = rows
         self._block = block
         self._tree = tree
         self._allocator = allocator
+        self._standby = standby
         self._counters = counters
+
+    def spare_tokens(self) -> int:
+        """How many tokens may be promoted ahead."""
+        available = int(self._allocator.available_size())
+        if self._standby:
+            return available + int(self._tree.evictable_size())
+        return max(0, available - int(self._rows.capacity_tokens * RESERVE))
 
     def apply(self, promote: PromoteReq) -> None:
         try:
             if promote.blocks:
-                self._promote(promote)
+                if isinstance(self._store, SharedStore):
+                    shelf = promote.shelves[self._stage]
+                    assert shelf is not None
+                    self._store.expect(promote.ticket, shelf)
+                if promote.audited is None:
+                    self._promote(promote)
+                else:
+                    self.auditor.expect(promote, self._store)
         finally:
             self._store.release(promote.ticket)
 
@@ -160,6 +78,8 @@ class Promoter:
         # Room for an earlier promotion of this step may have cost what was there before ``first``. A prefix that a
         # host tier has is loaded by that.
         if wanted < self._block or have < promote.first * self._block or match.host_hit_length:
+            return
+        if promote.ahead and wanted > self.spare_tokens():
             return
         # Upstream's idle check counts slots: from here to the insertion nothing may come between.
         lock = self._tree.inc_lock_ref(match.last_device_node)
@@ -172,6 +92,7 @@ class Promoter:
             value = torch.cat([match.device_indices.to(slots.dtype), slots])
             self._tree.insert(InsertParams(key=promote.key, value=value, prev_prefix_len=have))
             self._counters.promoted_tokens += wanted
+            self._counters.promoted_ahead_tokens += wanted if promote.ahead else 0
         finally:
             self._tree.dec_lock_ref(match.last_device_node, lock.to_dec_params())
 

@@ -1,9 +1,12 @@
-"""A rank's whole part in shadowing: source of its own KV, and store of another group's."""
+"""A rank's whole part in shadowing: source of its own KV, store of another group's, and what it takes from there."""
 
 from __future__ import annotations
 
 import itertools
 import logging
+import math
+import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.managers.io_struct import FlushCacheReqInput
@@ -12,11 +15,14 @@ from sglang.srt.runtime_context import get_parallel
 from sglang_kevlar.control.shadow_keys import block_tokens
 from sglang_kevlar.protocol.launch import LaunchPlan, Paths, window_name
 from sglang_kevlar.protocol.shadow import SHADOW_VERSION, Layout, ShadowCounters
+from sglang_kevlar.shadow import shelf
 from sglang_kevlar.shadow.export import Exporter
+from sglang_kevlar.shadow.lookup import Lookups, PromoteReq
 from sglang_kevlar.shadow.pool import PoolRows
-from sglang_kevlar.shadow.promote import Lookups, Promoter, PromoteReq
+from sglang_kevlar.shadow.promote import Promoter
 from sglang_kevlar.shadow.sender import ShadowSender, Target
 from sglang_kevlar.shadow.server import ShadowServer
+from sglang_kevlar.shadow.shelf import SharedStore
 from sglang_kevlar.shadow.store import ShadowStore
 from sglang_kevlar.transport import TransportError, choose
 from sglang_kevlar.worker.resume import ShadowPlanReq
@@ -28,28 +34,64 @@ logger = logging.getLogger(__name__)
 
 #: all groups are on this host; what listens there is not for the network
 GROUPS_HOST = "127.0.0.1"
+#: seconds between two looks for what can be promoted ahead
+AHEAD_INTERVAL = 0.1
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which rank of which group this is, and what it has in common with the others."""
+
+    plan: LaunchPlan
+    paths: Paths
+    group: int
+    epoch: int
+    rank: int
+    rows: PoolRows
+    layout: Layout
+
+    @property
+    def stage(self) -> int:
+        return self.rank // self.plan.tp_size
+
+    @property
+    def keeper(self) -> int:
+        """The rank that sends and keeps what this one has: the first of its stage if all of them have the same."""
+        return self.stage * self.plan.tp_size if self.rows.replicated else self.rank
+
+    @property
+    def keepers(self) -> list[int]:
+        ranks = self.plan.tp_size * self.plan.pp_size
+        return list(range(0, ranks, self.plan.tp_size if self.rows.replicated else 1))
+
+    @property
+    def sharers(self) -> int:
+        """How many ranks have the same KV as this one, itself included."""
+        return self.plan.tp_size if self.rows.replicated else 1
+
+    def endpoint(self, rank: int) -> str:
+        return self.paths.channel(self.group, self.epoch, f"shadow{rank}")
 
 
 class RankShadow:
     """Everything but the threads' inner life is called by the scheduler, on its thread."""
 
-    def __init__(
-        self, scheduler: Scheduler, rows: PoolRows, plan: LaunchPlan, paths: Paths, group: int, epoch: int, rank: int
-    ) -> None:
-        args = plan.kevlar
-        block = block_tokens(scheduler.page_size)
-        layout = _layout(scheduler, rows, plan.upstream, block)
-        capacity = min(int(args.shadow_memory * 2**30) // layout.block_bytes, rows.capacity_tokens // block)
+    def __init__(self, scheduler: Scheduler, place: Place) -> None:
+        args, paths, layout = place.plan.kevlar, place.paths, place.layout
+        group, epoch, rank = place.group, place.epoch, place.rank
+        capacity = min(
+            int(args.shadow_memory * 2**30) // layout.block_bytes, place.rows.capacity_tokens // layout.block_tokens
+        )
         if capacity < 1:
             raise ValueError("--shadow-memory has no room for a single block")
         self._paths = paths
         self._rank = rank
         self.counters = ShadowCounters(
-            token_bytes=layout.token_bytes, store_capacity_tokens=capacity * layout.block_tokens
+            ranks=place.sharers, token_bytes=layout.token_bytes, store_capacity_tokens=capacity * layout.block_tokens
         )
-        self._store = ShadowStore(capacity, layout.block_bytes)
+        self._store = ShadowStore(capacity, layout.block_bytes, place.sharers)
         transport = choose(args.shadow_transport, GROUPS_HOST)
-        self._server = ShadowServer(self._endpoint(group, epoch, rank), layout, self._store, transport, self.counters)
+        self._server = ShadowServer(place.endpoint(rank), layout, self._store, transport, self.counters)
         windows = itertools.count()
         self._sender = ShadowSender(
             group,
@@ -57,30 +99,29 @@ class RankShadow:
             layout,
             args.shadow_bandwidth * 1e6,
             transport,
-            lambda: window_name(plan.launch_id, group, epoch, rank, next(windows)),
+            lambda: window_name(place.plan.launch_id, group, epoch, rank, next(windows)),
             self.counters,
             paths.shadow_counters(group, epoch, rank),
         )
         tree = scheduler.tree_cache
         self.exporter = Exporter(
-            rows,
-            block,
+            place.rows,
+            layout.block_tokens,
             scheduler.req_to_token_pool.req_to_token,
             tree,
             self._sender,
             args.shadow_min_context,
             self.counters,
         )
-        others = [other for other in range(plan.tp_size * plan.pp_size) if other != rank]
+        others = [place.endpoint(other) for other in place.keepers if other != rank]
         self._lookups = Lookups(
-            self._store, block, tree, [self._endpoint(group, epoch, other) for other in others], self.counters
+            self._store, layout.block_tokens, layout.block_bytes, tree, others, args.shadow_audit, self.counters
         )
-        self._promoter = Promoter(self._store, rows, block, tree, scheduler.token_to_kv_pool_allocator, self.counters)
+        self.promoter = _promoter(scheduler, place, self._store, self.counters)
+        #: when KV may be promoted ahead again, monotonic seconds
+        self._ahead_at = math.inf if args.shadow_audit else 0.0
         self._server.start()
         self._sender.start()
-
-    def _endpoint(self, group: int, epoch: int, rank: int) -> str:
-        return self._paths.channel(group, epoch, f"shadow{rank}")
 
     def follow(self, plan: ShadowPlanReq) -> None:
         if plan.content != self.exporter.content:
@@ -90,7 +131,7 @@ class RankShadow:
         target = None
         if plan.target is not None:
             group, epoch = plan.target
-            target = Target(group, epoch, self._endpoint(group, epoch, self._rank))
+            target = Target(group, epoch, self._paths.channel(group, epoch, f"shadow{self._rank}"))
         self._sender.retarget(target)
 
     def flushed(self) -> None:
@@ -113,6 +154,14 @@ class RankShadow:
             result.append(message)
         return result
 
+    def promotions_ahead(self) -> list[PromoteReq]:
+        """First rank only, when the group has nothing else to do."""
+        now = time.monotonic()
+        if now < self._ahead_at or not len(self._store):
+            return []
+        self._ahead_at = now + AHEAD_INTERVAL
+        return self._lookups.ahead(self.exporter.content, self.promoter.spare_tokens())
+
     def _forgets(self, message: Any) -> bool:
         """Whether KV that was cached before ``message`` must not be used behind it."""
         if isinstance(message, ShadowPlanReq):
@@ -120,14 +169,16 @@ class RankShadow:
             return message.content != self.exporter.content
         return isinstance(message, FlushCacheReqInput)
 
-    def promote(self, promote: PromoteReq) -> None:
-        self._promoter.apply(promote)
 
+def start(
+    scheduler: Scheduler, plan: LaunchPlan, paths: Paths, group: int, epoch: int, rank: int
+) -> tuple[RankShadow | None, Promoter | None]:
+    """The second alone at a rank whose KV another one keeps for it.
 
-def start(scheduler: Scheduler, plan: LaunchPlan, paths: Paths, group: int, epoch: int, rank: int) -> RankShadow | None:
-    """None when there cannot be a shadow: requests are then computed again at a failover, and the log says why."""
+    None of both when there cannot be a shadow: requests are then computed again at a failover, and the log says why.
+    """
     if plan.kevlar.shadow_memory == 0 or plan.kevlar.worker_groups == 1:
-        return None
+        return None, None
     try:
         if scheduler.disable_radix_cache or not hasattr(scheduler.tree_cache, "tree_core"):
             raise ValueError("it needs SGLang's unified radix cache")
@@ -137,13 +188,37 @@ def start(scheduler: Scheduler, plan: LaunchPlan, paths: Paths, group: int, epoc
             raise ValueError("KV of draft models is not supported")
         cuda = scheduler.device == "cuda"
         rows = PoolRows(scheduler.token_to_kv_pool_allocator.get_kvcache(), scheduler.forward_stream if cuda else None)
-        return RankShadow(scheduler, rows, plan, paths, group, epoch, rank)
+        place = Place(plan, paths, group, epoch, rank, rows, _layout(scheduler, rows, plan.upstream))
+        if place.sharers > 1:
+            shelf.check()
+        if place.keeper != rank:
+            store = SharedStore(place.endpoint(place.keeper), place.layout.block_bytes)
+            return None, _promoter(scheduler, place, store, ShadowCounters())
+        shadow = RankShadow(scheduler, place)
+        return shadow, shadow.promoter
     except (ValueError, TransportError) as reason:
         logger.warning("KV is not shadowed: %s. A request of a lost worker group is computed again.", reason)
-        return None
+        return None, None
 
 
-def _layout(scheduler: Scheduler, rows: PoolRows, upstream: str, block: int) -> Layout:
+def _promoter(
+    scheduler: Scheduler, place: Place, store: ShadowStore | SharedStore, counters: ShadowCounters
+) -> Promoter:
+    args = place.plan.kevlar
+    return Promoter(
+        store,
+        place.stage,
+        place.rows,
+        place.layout.block_tokens,
+        scheduler.req_to_token_pool.req_to_token,
+        scheduler.tree_cache,
+        scheduler.token_to_kv_pool_allocator,
+        standby=place.group >= args.worker_groups - args.standby_groups,
+        counters=counters,
+    )
+
+
+def _layout(scheduler: Scheduler, rows: PoolRows, upstream: str) -> Layout:
     parallel = get_parallel()
     args = scheduler.server_args
     return Layout(
@@ -153,6 +228,6 @@ def _layout(scheduler: Scheduler, rows: PoolRows, upstream: str, block: int) -> 
         shard=f"tp{parallel.tp_rank}/{parallel.tp_size} pp{parallel.pp_rank}/{parallel.pp_size}",
         kv_dtype=rows.dtype,
         page_size=scheduler.page_size,
-        block_tokens=block,
+        block_tokens=block_tokens(scheduler.page_size),
         rows=rows.row_bytes,
     )

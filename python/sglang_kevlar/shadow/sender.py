@@ -61,6 +61,10 @@ class Piece:
     staged: Staged
     #: token of the copy at which they begin
     first: int
+    #: of its blocks, int64
+    tokens: bytes
+    #: ``extra_key`` and ``cache_salt`` of the sequence
+    origin: tuple[str | None, str | None]
     request: bytes | None
     #: when it was copied, monotonic seconds
     at: float = field(default_factory=time.monotonic)
@@ -305,7 +309,7 @@ class ShadowSender:
                     continue
                 self._sent_sequence = 0
                 self._unacknowledged.clear()
-                self.link = ShadowLink(self.window_bytes)
+                self.link = ShadowLink(self.window_bytes, message.held)
                 self._counters.to, self._counters.linked = (target.group, target.epoch), True
                 logger.info("KV is shadowed to worker group %d (epoch %d)", target.group, target.epoch)
             elif isinstance(message, Refuse) and message.session == self._session:
@@ -359,6 +363,8 @@ class ShadowSender:
                 parent=piece.parent,
                 keys=piece.keys,
                 crcs=crcs,
+                tokens=piece.tokens,
+                origin=piece.origin,
                 request=piece.request,
             )
         )

@@ -9,12 +9,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from array import array
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
 import msgspec
 import zmq
 
+from sglang_kevlar.control.shadow_keys import belong
 from sglang_kevlar.protocol.shadow import (
     SHADOW_VERSION,
     Accept,
@@ -28,6 +30,7 @@ from sglang_kevlar.protocol.shadow import (
     Lookup,
     Parcel,
     Refuse,
+    Release,
     Resync,
     ShadowCounters,
     ToStore,
@@ -38,6 +41,8 @@ from sglang_kevlar.transport import Incoming, Transport, TransportError
 logger = logging.getLogger(__name__)
 
 MAX_FRAME_BYTES = 16 << 20
+#: keys that a new source is told of, 16 bytes each; what it is not told of, it sends again
+HELD_KEYS = 1 << 17
 #: frames taken in before anything else is looked at
 BURST = 256
 #: sources at once; the oldest is dropped for one more
@@ -125,7 +130,10 @@ class ShadowServer:
             return
         if isinstance(message, Lookup):
             blocks = self._store.pin(message.keys, message.ticket)
-            self._send(frames[0], Held(ticket=message.ticket, blocks=blocks))
+            shelf = self._store.shelf(message.ticket)
+            self._send(frames[0], Held(ticket=message.ticket, blocks=blocks, shelf=shelf))
+        elif isinstance(message, Release):
+            self._store.release(message.ticket)
         elif isinstance(message, Hello):
             self._open(frames[0], message)
         else:
@@ -152,7 +160,9 @@ class ShadowServer:
             self._close(next(iter(self._sessions)))
         self._sessions[sender] = _Session(hello, opened, self._store.clears, time.monotonic())
         self._epochs[hello.group] = hello.epoch
-        self._send(sender, Accept(session=hello.session, window=opened.descriptor))
+        # After the session has noted how often the store was emptied: if it is now, the session begins again.
+        held = self._store.newest(HELD_KEYS)
+        self._send(sender, Accept(session=hello.session, held=held, window=opened.descriptor))
 
     def _why_not(self, hello: Hello) -> str | None:
         """Why KV of this source means nothing here; None when it is as ours."""
@@ -199,13 +209,19 @@ class ShadowServer:
         if not parcel.keys or len(parcel.crcs) != len(parcel.keys) or not inside:
             self._resync(sender, f"parcel {parcel.sequence} contradicts itself")
             return
+        token_bytes = size // self._layout.token_bytes * array("q").itemsize
+        if len(parcel.tokens) != token_bytes or not belong(parcel.keys, parcel.parent, parcel.tokens):
+            self._resync(sender, f"parcel {parcel.sequence} has other tokens than its keys")
+            return
         data = session.window.bytes[parcel.offset : parcel.offset + size].reshape(len(parcel.keys), -1)
         request = None
         if parcel.request is not None:
             request = _own(session, parcel.request)
             session.requests.add(request)
         try:
-            session.gone += self._store.put(parcel.keys, parcel.parent, parcel.crcs, data, request)
+            session.gone += self._store.put(
+                parcel.keys, parcel.parent, parcel.crcs, parcel.tokens, parcel.origin, data, request
+            )
         except DamagedBlock:
             self._resync(sender, f"a block of parcel {parcel.sequence} has another checksum")
 

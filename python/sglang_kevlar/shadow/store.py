@@ -9,11 +9,15 @@ from __future__ import annotations
 import threading
 import time
 import zlib
+from array import array
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from sglang_kevlar.control.shadow_index import StoreIndex
+from sglang_kevlar.control.shadow_index import Origin, StoreIndex
+from sglang_kevlar.protocol.shadow import Shelf
+from sglang_kevlar.shadow.shelf import SharedMemory
 
 #: seconds after which a ticket that was never returned ends: its request did not reach the scheduler
 TICKET_LIFE = 600.0
@@ -23,14 +27,27 @@ class DamagedBlock(Exception):
     """The bytes of a block do not have the checksum that they were sent with."""
 
 
+@dataclass
+class _Ticket:
+    keys: list[bytes]
+    #: ranks that have not returned it
+    readers: int
+    #: when it ends by itself, monotonic seconds
+    end: float
+
+
 class ShadowStore:
-    def __init__(self, capacity: int, block_bytes: int) -> None:
-        """``capacity`` in blocks. The memory is only taken as it is first written to."""
+    def __init__(self, capacity: int, block_bytes: int, readers: int = 1) -> None:
+        """``capacity`` in blocks. The memory is only taken as it is first written to.
+
+        ``readers``: how many ranks read what a ticket pins; more than one do so through `shelf`.
+        """
         self._index = StoreIndex(capacity)
-        self._memory = np.empty((capacity, block_bytes), dtype=np.uint8)
+        self._readers = readers
+        self._shared = SharedMemory(capacity, block_bytes) if readers > 1 else None
+        self._memory = self._shared.bytes if self._shared else np.empty((capacity, block_bytes), dtype=np.uint8)
         self._lock = threading.Lock()
-        #: keys pinned by each ticket, and when it ends by itself
-        self._tickets: dict[str, tuple[list[bytes], float]] = {}
+        self._tickets: dict[str, _Ticket] = {}
         #: evicted or damaged, for the sources to know
         self._dropped: list[bytes] = []
         #: how often everything was forgotten
@@ -48,17 +65,26 @@ class ShadowStore:
         return key in self._index
 
     def put(
-        self, keys: Sequence[bytes], parent: bytes | None, crcs: Sequence[int], data: np.ndarray, request: bytes | None
+        self,
+        keys: Sequence[bytes],
+        parent: bytes | None,
+        crcs: Sequence[int],
+        tokens: bytes,
+        origin: Origin,
+        data: np.ndarray,
+        request: bytes | None,
     ) -> list[bytes]:
         """Keep blocks that follow each other; ``data``: uint8 (blocks, block bytes).
 
-        ``request``: the running one they are for. Returns the keys of those that there was no room for. Raises
-        DamagedBlock; what came before it is kept.
+        ``tokens`` are int64, the same number for each block. ``request``: the running one they are for. Returns the
+        keys of those that there was no room for. Raises DamagedBlock; what came before it is kept.
         """
+        width = len(tokens) // len(keys)
         for position, (key, crc) in enumerate(zip(keys, crcs, strict=True)):
             with self._lock:
                 if key not in self._index:
-                    slot, evicted = self._index.add(key, parent, crc, request is not None)
+                    own = tokens[position * width : (position + 1) * width]
+                    slot, evicted = self._index.add(key, parent, crc, own, origin, request is not None)
                     self._dropped += evicted
                     if slot is None:
                         return list(keys[position:])
@@ -71,6 +97,25 @@ class ShadowStore:
                     self._index.extend_live(request, key)
             parent = key
         return []
+
+    def newest(self, count: int) -> list[bytes]:
+        """Keys of at most ``count`` blocks, those that came last."""
+        with self._lock:
+            return self._index.newest(count)
+
+    def running(self) -> list[bytes]:
+        """The last block of each running request of the sources, the longest context first."""
+        with self._lock:
+            return self._index.live_leaves()
+
+    def sequence(self, key: bytes) -> tuple[list[bytes], array[int], Origin] | None:
+        """Keys and tokens of all blocks up to ``key``; None when it is not held any more."""
+        with self._lock:
+            if key not in self._index:
+                return None
+            keys = self._index.path(key)
+            blocks = [self._index.get(each) for each in keys]
+        return keys, array("q", b"".join(block.tokens for block in blocks)), blocks[-1].origin
 
     def take_dropped(self) -> list[bytes]:
         """Keys that were held and are not any more, since this was last asked; less what was forgotten by `clear`."""
@@ -88,7 +133,9 @@ class ShadowStore:
             self.clears += 1
 
     def pin(self, keys: Sequence[bytes], ticket: str) -> int:
-        """How many of ``keys``, which follow each other, are held intact. They stay until the ticket is returned.
+        """How many of ``keys``, which follow each other, are held intact.
+
+        They stay until every reader has returned the ticket.
 
         Raises ValueError for a ticket that is out already.
         """
@@ -106,29 +153,42 @@ class ShadowStore:
             if intact < count:
                 self._dropped += self._index.remove(keys[intact])
             if intact:
-                self._tickets[ticket] = (list(keys[:intact]), time.monotonic() + TICKET_LIFE)
+                self._tickets[ticket] = _Ticket(list(keys[:intact]), self._readers, time.monotonic() + TICKET_LIFE)
         return intact
 
     def read(self, ticket: str, first: int, blocks: int) -> np.ndarray:
         """A copy of pinned blocks: uint8 (blocks, block bytes). Raises KeyError when ``ticket`` does not cover them."""
-        pinned, _ = self._tickets[ticket]
+        pinned = self._tickets[ticket].keys
         keys = pinned[first : first + blocks]
         if len(keys) != blocks:
             raise KeyError(f"{ticket} pins {len(pinned)} blocks, {first + blocks} were asked for")
         return self._memory[[self._index.get(key).slot for key in keys]]
 
-    def release(self, ticket: str) -> None:
-        """The pins of ``ticket`` end; of one that pins nothing, nothing does."""
+    def shelf(self, ticket: str) -> Shelf | None:
+        """Where other readers find what ``ticket`` pins; None when there are none, or it pins nothing."""
         with self._lock:
-            keys, _ = self._tickets.pop(ticket, ([], 0.0))
-            self._index.unpin(keys)
+            if self._shared is None or ticket not in self._tickets:
+                return None
+            slots = [self._index.get(key).slot for key in self._tickets[ticket].keys]
+        return Shelf(memory=self._shared.file, slots=slots)
+
+    def release(self, ticket: str) -> None:
+        """One reader needs ``ticket`` no more; with the last, its pins end. Of one that pins nothing, nothing does."""
+        with self._lock:
+            if (returned := self._tickets.get(ticket)) is None:
+                return
+            returned.readers -= 1
+            if returned.readers == 0:
+                self._end(ticket)
 
     def expire(self) -> None:
         now = time.monotonic()
         with self._lock:
-            ended = [ticket for ticket, (_, end) in self._tickets.items() if end < now]
-        for ticket in ended:
-            self.release(ticket)
+            for ticket in [ticket for ticket, pinned in self._tickets.items() if pinned.end < now]:
+                self._end(ticket)
+
+    def _end(self, ticket: str) -> None:
+        self._index.unpin(self._tickets.pop(ticket).keys)
 
     def check(self) -> None:
         with self._lock:

@@ -351,7 +351,7 @@ _SHADOW_SEAMS = (
         _SCHEDULER,
         _RANK,
         fields="request_receiver tree_cache req_to_token_pool token_to_kv_pool_allocator page_size server_args "
-        "disable_radix_cache is_generation spec_algorithm device forward_stream",
+        "disable_radix_cache is_generation spec_algorithm device forward_stream weight_updater _engine_paused",
     ),
     *_methods(
         _SCHEDULER,
@@ -359,6 +359,9 @@ _SHADOW_SEAMS = (
         init_request_receiver="",
         process_batch_result="batch result",
         flush_cache="empty_cache",
+    ),
+    _seam(
+        "srt.managers.scheduler_components.weight_updater:SchedulerWeightUpdaterManager", _RANK, fields="offload_tags"
     ),
     _seam("srt.managers.scheduler_components.request_receiver:SchedulerRequestReceiver", _RANK),
     *_methods("srt.managers.scheduler_components.request_receiver:SchedulerRequestReceiver", _RANK, _pull_raw_reqs=""),
@@ -383,8 +386,11 @@ _SHADOW_SEAMS = (
     _seam("srt.mem_cache.common:evict_from_tree_cache", _RANK, signature="tree_cache num_tokens"),
     _seam("srt.mem_cache.allocator:BaseTokenToKVPoolAllocator.alloc", _RANK, passes="need_size"),
     _seam("srt.mem_cache.allocator:BaseTokenToKVPoolAllocator.get_kvcache", _RANK, signature="self"),
+    _seam("srt.mem_cache.allocator:BaseTokenToKVPoolAllocator.available_size", _RANK, signature="self"),
+    _seam(_SCHEDULER + ".is_fully_idle", _RANK, passes="self"),
     _seam(_TREE, _RANK, fields="tree_core"),
     _seam(_TREE + ".match_prefix", _RANK, passes="params"),
+    _seam(_TREE + ".evictable_size", _RANK, signature="self"),
     _seam(_TREE + ".insert", _RANK, passes="params"),
     _seam(_TREE + ".inc_lock_ref", _RANK, passes="node_id"),
     _seam(_TREE + ".dec_lock_ref", _RANK, passes="node_id params"),

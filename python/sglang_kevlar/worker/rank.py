@@ -18,6 +18,7 @@ from sglang_kevlar.worker.bootstrap import Incarnation, argument_parser, describ
 if TYPE_CHECKING:
     from sglang.srt.managers.scheduler import Scheduler
 
+    from sglang_kevlar.shadow.promote import Promoter
     from sglang_kevlar.shadow.rank import RankShadow
 
 
@@ -44,7 +45,7 @@ def _scheduler_class(incarnation: Incarnation, rank: int) -> type[Scheduler]:
         started: RankScheduler | None = None
         heartbeat = incarnation.heartbeat
 
-        def start_shadow(self) -> RankShadow | None:
+        def start_shadow(self) -> tuple[RankShadow | None, Promoter | None]:
             place = (incarnation.group, incarnation.epoch, rank)
             return shadow.start(self, incarnation.plan, incarnation.paths, *place)
 

@@ -28,7 +28,8 @@ from sglang.srt.runtime_context import get_parallel
 from sglang.utils import TypeBasedDispatcher
 
 from sglang_kevlar.protocol.resume import MOVED
-from sglang_kevlar.shadow.promote import PromoteReq
+from sglang_kevlar.shadow.lookup import PromoteReq
+from sglang_kevlar.shadow.promote import Promoter
 from sglang_kevlar.shadow.rank import RankShadow
 from sglang_kevlar.worker.forced_decode import ForcedDecode, ForcedOutputStreamer, first_forced
 from sglang_kevlar.worker.penalties import count_inputs
@@ -75,7 +76,7 @@ class PromotingReceiver(SchedulerRequestReceiver):  # type: ignore[misc]
         # super() without arguments does not work in a class with slots made by the decorator.
         messages: list[Any] | None = SchedulerRequestReceiver._pull_raw_reqs(self)
         # Later stages of a pipeline get what the first one received, with what is before it.
-        return self.promote(messages) if messages and get_parallel().pp_rank == 0 else messages
+        return self.promote(messages) if messages is not None and get_parallel().pp_rank == 0 else messages
 
 
 class KevlarScheduler(Scheduler):  # type: ignore[misc]
@@ -89,6 +90,7 @@ class KevlarScheduler(Scheduler):  # type: ignore[misc]
         #: the resume of the request that is just being taken in
         self._arriving_resume: Any = None
         self.shadow: RankShadow | None = None
+        self._promoter: Promoter | None = None
         super().__init__(*args, **kwargs)
         #: Tokens of the batches that may be in flight. With overlap a step waits for the batch before; a pipeline
         #: stage waits for all microbatches.
@@ -97,11 +99,11 @@ class KevlarScheduler(Scheduler):  # type: ignore[misc]
         self._in_flight: deque[int] = deque(maxlen=depth)
         self._later_stage = parallel.pp_rank > 0
         self._forced = ForcedDecode(self.model_worker)
-        self.shadow = self.start_shadow()
+        self.shadow, self._promoter = self.start_shadow()
 
-    def start_shadow(self) -> RankShadow | None:
+    def start_shadow(self) -> tuple[RankShadow | None, Promoter | None]:
         """This rank's part of the shadow. A rank process, which knows its group, makes one."""
-        return None
+        return None, None
 
     # --- resuming a request
 
@@ -208,11 +210,19 @@ class KevlarScheduler(Scheduler):  # type: ignore[misc]
         self.request_receiver = PromotingReceiver(**fields, promote=self._with_promotions)
 
     def _with_promotions(self, messages: list[Any]) -> list[Any]:
-        return messages if self.shadow is None else self.shadow.with_promotions(messages)
+        if self.shadow is None:
+            return messages
+        if not messages and self._may_promote_ahead():
+            return list(self.shadow.promotions_ahead())
+        return self.shadow.with_promotions(messages)
+
+    def _may_promote_ahead(self) -> bool:
+        """Whether nothing runs or waits, and the pool is there: of a paused engine it may have been released."""
+        return not self._engine_paused and not self.weight_updater.offload_tags and bool(self.is_fully_idle())
 
     def _promote(self, promote: PromoteReq) -> None:
-        assert self.shadow is not None, "a rank of this group has a shadow store and this one has not"
-        self.shadow.promote(promote)
+        assert self._promoter is not None, "a rank of this group has a shadow store and this one has not"
+        self._promoter.apply(promote)
 
     def _follow_shadow_plan(self, plan: ShadowPlanReq) -> None:
         if self.shadow is not None:
@@ -227,6 +237,8 @@ class KevlarScheduler(Scheduler):  # type: ignore[misc]
     def process_batch_result(self, batch: ScheduleBatch, result: Any) -> None:
         if self.shadow is not None:
             self.shadow.exporter.before_result(batch)
+        if self._promoter is not None:
+            self._promoter.auditor.before_result(batch)
         super().process_batch_result(batch, result)
         self._forced.check(batch)
         if self.shadow is not None:

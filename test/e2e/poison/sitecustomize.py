@@ -8,7 +8,7 @@ class _Poison:
     """Wraps one module of ours as it is imported."""
 
     def find_spec(self, name, path=None, target=None):
-        if name != "sglang_kevlar.shadow.pool":
+        if name != "sglang_kevlar.shadow.sender":
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)

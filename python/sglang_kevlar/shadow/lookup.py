@@ -1,0 +1,191 @@
+"""Finding shadowed KV that is worth putting into the device pool.
+
+The first rank looks a request's prefix up in its own store. If it is there, it asks the other ranks' stores, which pin
+what they hold, and sends what all of them have along with the request, in the same broadcast: so every rank puts the
+same blocks into its tree in the same step (`shadow.promote`), and the request then finds them as any cached prefix.
+
+While the group has nothing to do, it does the same for requests that still run on the group that they came from: when
+that is lost, they find most of their KV in the pool already.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+import random
+import time
+from array import array
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import zmq
+from sglang.srt.managers.io_struct import TokenizedEmbeddingReqInput, TokenizedGenerateReqInput
+from sglang.srt.mem_cache.radix_cache import RadixKey
+
+from sglang_kevlar.control.shadow_index import Origin
+from sglang_kevlar.control.shadow_keys import KeyChain, root_key
+from sglang_kevlar.protocol.shadow import Held, Lookup, ShadowCounters, Shelf
+from sglang_kevlar.shadow.store import ShadowStore
+from sglang_kevlar.worker.resume import ResumedGenerateReqInput
+
+logger = logging.getLogger(__name__)
+
+#: seconds for which a request waits for the other ranks' stores; then it is computed
+LOOKUP_TIMEOUT = 0.5
+#: bytes of KV that each rank promotes ahead in one step
+AHEAD_BYTES = 64 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class PromoteReq:
+    """In the requests' broadcast, before the request it may be for: put these blocks into the tree."""
+
+    ticket: str
+    #: up to the end of the last block
+    tokens: array[int]
+    extra_key: str | None
+    cache_salt: str | None
+    #: the ticket is for ``blocks`` blocks from block ``first`` on; the tree had what is before
+    first: int
+    blocks: int
+    #: of each pipeline stage, where its tensor-parallel ranks share one store; None where each has its own
+    shelves: list[Shelf | None]
+    #: not for a request of this group: only where there is room to spare
+    ahead: bool
+    #: the request, if it is to be computed and compared instead
+    audited: str | None = None
+
+    @property
+    def key(self) -> RadixKey:
+        return RadixKey(self.tokens, self.extra_key, cache_salt=self.cache_salt)
+
+
+class Lookups:
+    """The first rank's search for what can be promoted."""
+
+    def __init__(
+        self,
+        store: ShadowStore,
+        block: int,
+        block_bytes: int,
+        tree: Any,
+        peers: Sequence[str],
+        audit: float,
+        counters: ShadowCounters,
+    ) -> None:
+        """``block``: tokens of one, ``block_bytes`` bytes of KV.
+
+        ``peers``: endpoints of the other stores of the group, by rank. ``audit``: share of requests to be audited.
+        """
+        self._store = store
+        self._counters = counters
+        self._tree = tree
+        self._block = block
+        self._peers = peers
+        self._audit = audit
+        #: tokens promoted ahead in one step: a request that arrives waits for that
+        self._most_ahead = max(1, AHEAD_BYTES // block_bytes) * block
+        #: last blocks of running requests that need no promotion
+        self._in_pool: set[bytes] = set()
+        self._sockets: list[zmq.Socket[bytes]] = []
+        self._tickets = itertools.count()
+
+    def find(self, message: Any, content: str) -> PromoteReq | None:
+        """What to promote for a request that has just arrived; None for most."""
+        if not len(self._store) or not content or isinstance(message, TokenizedEmbeddingReqInput):
+            return None
+        if not isinstance(message, TokenizedGenerateReqInput) or message.input_ids is None:
+            return None
+        if message.input_embeds is not None or message.positional_embed_overrides is not None:
+            return None
+        tokens = array("q", message.input_ids)
+        if isinstance(message, ResumedGenerateReqInput) and message.resume is not None:
+            tokens.extend(message.resume.output_ids)
+        extra_key = message.extra_key
+        if message.lora_id is not None:
+            extra_key = (extra_key or "") + message.lora_id  # as Req does
+        origin = (extra_key, message.cache_salt)
+        # The last token is computed in any case, for its logits.
+        usable = (len(tokens) - 1) // self._block
+        first = self._cached_blocks(tokens, origin)
+        if first >= usable:
+            return None
+        self._counters.lookups += 1
+        chain = KeyChain(root_key(content, *origin), self._block)
+        chain.grow(tokens[: (first + 1) * self._block])
+        if chain.keys[first] not in self._store:
+            return None
+        chain.grow(tokens[(first + 1) * self._block : usable * self._block])
+        promote = self._promotion(str(message.rid), tokens, origin, first, chain.keys[first:], ahead=False)
+        self._counters.hits += promote.blocks > 0
+        if promote.blocks and random.random() < self._audit:
+            return dataclasses.replace(promote, audited=message.rid)
+        return promote
+
+    def ahead(self, content: str, spare_tokens: int) -> list[PromoteReq]:
+        """For running requests, the longest first: what of their KV is not in the pool yet, a part at a time."""
+        promotions: list[PromoteReq] = []
+        leaves = self._store.running() if content else []
+        self._in_pool.intersection_update(leaves)
+        room = min(spare_tokens, self._most_ahead) // self._block
+        for leaf in leaves:
+            if room == 0:
+                break
+            if leaf in self._in_pool or (sequence := self._store.sequence(leaf)) is None:
+                continue
+            keys, tokens, origin = sequence
+            beginning = KeyChain(root_key(content, *origin), self._block)
+            beginning.grow(tokens[: self._block])
+            first = self._cached_blocks(tokens, origin)
+            if first == len(keys) or beginning.keys[0] != keys[0]:  # the latter is of other weights
+                self._in_pool.add(leaf)
+                continue
+            promotions.append(self._promotion("ahead", tokens, origin, first, keys[first : first + room], ahead=True))
+            room -= promotions[-1].blocks
+        return promotions
+
+    def _cached_blocks(self, tokens: array[int], origin: Origin) -> int:
+        extra_key, cache_salt = origin
+        # Changes nothing in the tree: only this rank asks.
+        cached, _, _ = self._tree.tree_core.match_full_device_prefix(RadixKey(tokens, extra_key, cache_salt=cache_salt))
+        return int(cached) // self._block
+
+    def _promotion(
+        self, name: str, tokens: array[int], origin: Origin, first: int, keys: list[bytes], ahead: bool
+    ) -> PromoteReq:
+        ticket = f"{name}#{next(self._tickets)}"
+        blocks = self._store.pin(keys, ticket)
+        shelves = [self._store.shelf(ticket)]
+        if blocks and self._peers:
+            answers = self._ask_peers(ticket, keys[:blocks])
+            blocks = min(blocks, *(held.blocks for held in answers)) if answers is not None else 0
+            shelves += [held.shelf for held in answers or ()]
+        # Also when it is 0: what some ranks have pinned is released by it.
+        end = (first + blocks) * self._block
+        return PromoteReq(ticket, tokens[:end], *origin, first, blocks, shelves, ahead)
+
+    def _ask_peers(self, ticket: str, keys: list[bytes]) -> list[Held] | None:
+        """What the other stores say, in their order; None when one does not answer in time."""
+        if not self._sockets:
+            for peer in self._peers:
+                socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+                socket.setsockopt(zmq.LINGER, 0)
+                socket.connect(peer)
+                self._sockets.append(socket)
+        question = msgspec.msgpack.encode(Lookup(ticket=ticket, keys=keys))
+        for socket in self._sockets:
+            socket.send(question)
+        deadline = time.monotonic() + LOOKUP_TIMEOUT
+        answers: list[Held] = []
+        for socket in self._sockets:
+            while True:
+                if not socket.poll(max(0, int((deadline - time.monotonic()) * 1000))):
+                    logger.warning("a rank's shadow store does not answer; %s is computed again", ticket)
+                    return None
+                answer = msgspec.msgpack.decode(socket.recv(), type=Held)
+                if answer.ticket == ticket:  # not a late one
+                    answers.append(answer)
+                    break
+        return answers
