@@ -10,7 +10,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args, get_type_hints
 
 import msgspec
 
@@ -56,6 +56,12 @@ def _usable_run_dir(value: str | None) -> str | None:
     length = len(os.path.abspath(value))
     return f"its absolute path is {length} characters long, at most 70 are possible" if length > 70 else None
 
+
+def _one_of(choices: Sequence[str]) -> Callable[[str], str | None]:
+    return lambda value: None if value in choices else f"must be one of {', '.join(choices)}, got {value!r}"
+
+
+_TRANSPORTS = get_args(get_type_hints(KevlarArgs)["shadow_transport"])
 
 _FLAGS: dict[str, _Flag] = {
     "worker_groups": _Flag(
@@ -111,6 +117,12 @@ _FLAGS: dict[str, _Flag] = {
     "shadow_bandwidth": _Flag(
         "Most MB/s of KV that each rank sends to its shadow. 0: no limit.", _not_negative_number, "MB_S"
     ),
+    "shadow_transport": _Flag(
+        "How it travels: through shared memory of this host, or by Mooncake Transfer Engine (RDMA, NVLink, TCP), which "
+        "has to be installed.",
+        _one_of(_TRANSPORTS),
+        f"{{{','.join(_TRANSPORTS)}}}",
+    ),
     "shadow_audit": _Flag(
         "Share (0 to 1) of the requests with KV in the shadow that are computed all the same, to compare it. The log "
         "and /kevlar/status say what came out. With it, nothing is promoted ahead.",
@@ -130,7 +142,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     for field in msgspec.structs.fields(KevlarArgs):
         flag = _FLAGS[field.name]
         kind = str if field.default is None else type(field.default)
-        shown = "" if field.default is None else f" Default: {field.default:g}."
+        shown = "" if field.default is None else f" Default: {field.default if kind is str else f'{field.default:g}'}."
         group.add_argument(
             _option(field.name),
             type=kind,

@@ -18,6 +18,8 @@ import pytest
 from cases import Answer, Case
 from server import Server
 
+from sglang_kevlar import transport
+
 #: tokens that a redirected request may compute again; the rest of its context is in the shadow
 RECOMPUTED = 32
 #: upstream's own checks: of memory while busy, of what ranks must agree on
@@ -275,6 +277,31 @@ def test_every_layout_shadows_its_shards(models: Path, tmp_path: Path, model: st
         recomputed = [answer.recomputed for answer in answers if answer.redirects]
         # What is less than a page is in no tree.
         assert recomputed and max(recomputed) <= max(RECOMPUTED, page + 16), recomputed
+        assert server.log.read_text(errors="replace").count("KV is not shadowed") == 0
+    finally:
+        server.stop()
+
+
+@pytest.mark.timeout(900)
+def test_it_travels_over_mooncake(models: Path, tmp_path: Path) -> None:
+    """Twice, so that a group which came back is written to, and writes."""
+    try:
+        transport.require("mooncake")
+    except transport.TransportError as error:
+        pytest.skip(str(error))
+    server = Server(models / "llama-f32", tmp_path / "log", "--shadow-transport", "mooncake", env=CHECKS)
+    try:
+        wait_linked(server)
+        cases = [request(tokens(700, seed), 200) for seed in range(6)]
+        expected = run_all(server, cases)
+        for _ in range(2):
+            wait_linked(server)
+            flush(server)
+            answers = run_through_a_kill(server, cases, generated=60)
+            assert_same(expected, answers)
+            recomputed = [answer.recomputed for answer in answers if answer.redirects]
+            assert recomputed and max(recomputed) <= RECOMPUTED, recomputed
+        wait_linked(server)
         assert server.log.read_text(errors="replace").count("KV is not shadowed") == 0
     finally:
         server.stop()

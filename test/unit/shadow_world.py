@@ -22,6 +22,7 @@ from sglang_kevlar.control.shadow_keys import KeyChain, root_key  # noqa: E402
 from sglang_kevlar.protocol.launch import window_name  # noqa: E402
 from sglang_kevlar.protocol.shadow import (  # noqa: E402
     SHADOW_VERSION,
+    Accept,
     FromStore,
     Hello,
     Layout,
@@ -29,11 +30,11 @@ from sglang_kevlar.protocol.shadow import (  # noqa: E402
     ShadowCounters,
     ToStore,
 )
-from sglang_kevlar.shadow import window  # noqa: E402
 from sglang_kevlar.shadow.pool import Staged  # noqa: E402
 from sglang_kevlar.shadow.sender import Piece, ShadowSender, Target  # noqa: E402
 from sglang_kevlar.shadow.server import ShadowServer  # noqa: E402
 from sglang_kevlar.shadow.store import ShadowStore  # noqa: E402
+from sglang_kevlar.transport import Transport  # noqa: E402
 
 TOKENS = 4
 ORIGIN = ("adapter", "salt")
@@ -94,13 +95,23 @@ def sequence(name: int, blocks: int, shared: int = 0) -> list[bytes]:
 class Source:
     """A sender, and what the scheduler does with it."""
 
-    def __init__(self, directory: Any, launch: str, group: int = 0, epoch: int = 1, bandwidth: float = 0.0) -> None:
+    def __init__(
+        self,
+        directory: Any,
+        launch: str,
+        transport: Transport,
+        group: int = 0,
+        epoch: int = 1,
+        bandwidth: float = 0.0,
+    ) -> None:
         self.counters = ShadowCounters()
         self.counters_file = str(directory / f"g{group}e{epoch}.shadow")
         self.windows = 0
         self.group, self.epoch = group, epoch
         self._launch = launch
-        self.sender = ShadowSender(group, epoch, LAYOUT, bandwidth, self._window, self.counters, self.counters_file)
+        self.sender = ShadowSender(
+            group, epoch, LAYOUT, bandwidth, transport, self._window, self.counters, self.counters_file
+        )
         #: the longest that the scheduler was held up, in CPU time: others use this machine too
         self.slowest = 0.0
         self.most_staged = 0
@@ -155,12 +166,18 @@ class Source:
 
 class Store:
     def __init__(
-        self, directory: Any, name: str = "store", capacity: int = 64, start: bool = True, readers: int = 1
+        self,
+        directory: Any,
+        transport: Transport,
+        name: str = "store",
+        capacity: int = 64,
+        start: bool = True,
+        readers: int = 1,
     ) -> None:
         self.counters = ShadowCounters()
         self.endpoint = f"ipc://{directory}/{name}"
         self.store = ShadowStore(capacity, LAYOUT.block_bytes, readers)
-        self.server = ShadowServer(self.endpoint, LAYOUT, self.store, self.counters)
+        self.server = ShadowServer(self.endpoint, LAYOUT, self.store, transport, self.counters)
         self._started = False
         if start:
             self.start()
@@ -192,14 +209,22 @@ class Store:
 class Peer:
     """Somebody who speaks the protocol by hand."""
 
-    def __init__(self, store: Store, launch: str, group: int = 0, epoch: int = 1, size: int = 4096) -> None:
+    def __init__(
+        self, store: Store, launch: str, transport: Transport, group: int = 0, epoch: int = 1, size: int = 4096
+    ) -> None:
         self._socket = zmq.Context.instance().socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.connect(store.endpoint)
         self.session = window_name(launch, group, epoch, 0, time.monotonic_ns())
-        self.window = window.create(self.session, size)
+        self.window = transport.offer(self.session, size)
+        self._accepted = False
         self.hello = Hello(
-            session=self.session, group=group, epoch=epoch, layout=LAYOUT, window=self.session, window_bytes=size
+            session=self.session,
+            group=group,
+            epoch=epoch,
+            layout=LAYOUT,
+            window=self.window.descriptor,
+            window_bytes=size,
         )
 
     def say(self, message: ToStore) -> None:
@@ -211,7 +236,11 @@ class Peer:
     def hears(self, seconds: float = 3.0) -> FromStore | None:
         if not self._socket.poll(seconds * 1000):
             return None
-        return msgspec.msgpack.decode(self._socket.recv(), type=FromStore)
+        message = msgspec.msgpack.decode(self._socket.recv(), type=FromStore)
+        if isinstance(message, Accept):
+            self.window.accepted(message.window)
+            self._accepted = True
+        return message
 
     def ask(self, message: ToStore) -> FromStore:
         self.say(message)
@@ -224,6 +253,8 @@ class Peer:
         for position, key in enumerate(keys):
             start = offset + position * LAYOUT.block_bytes
             self.window.bytes[start : start + LAYOUT.block_bytes] = content(key)
+        if self._accepted:
+            self.window.push(offset, len(keys) * LAYOUT.block_bytes)
         crcs = [zlib.crc32(content(key).data) for key in keys]
         parcel = Parcel(
             session=self.session,
@@ -239,7 +270,7 @@ class Peer:
 
     def close(self) -> None:
         self._socket.close()
-        window.remove(self.session)
+        self.window.close()
 
 
 class Proxy:

@@ -77,6 +77,7 @@ def test_every_setting_has_a_flag_with_help_and_survives_json():
         (["--restart-backoff", "5", "--restart-backoff-max", "1"], "--restart-backoff-max"),
         (["--run-dir", "/" + "x" * 100], "--run-dir"),
         (["--run-dir", ""], "--run-dir"),
+        (["--shadow-transport", "pigeon"], "--shadow-transport"),
     ],
 )
 def test_a_bad_value_exits_2_and_names_the_flag(argv, flag, capsys):

@@ -27,26 +27,40 @@ from sglang_kevlar.protocol.shadow import (
 )
 from sglang_kevlar.shadow import sender as sender_module
 from sglang_kevlar.shadow import server as server_module
-from sglang_kevlar.shadow import window as window_module
 from sglang_kevlar.shadow.shelf import SharedStore
+from sglang_kevlar.transport import Transport, TransportError, choose, require
+from sglang_kevlar.transport import mooncake as mooncake_module
+from sglang_kevlar.transport import shared_memory as shm_module
 
 WINDOW = 8 * LAYOUT.block_bytes
+
+
+#: engines of Mooncake last as long as the process does
+SPARE: list[Transport] = []
 
 
 class World:
     """Makes what a test needs, and ends it."""
 
-    def __init__(self, directory) -> None:
+    def __init__(self, directory, transport: str) -> None:
         self.directory = directory
+        self.transport_name = transport
+        self._transports: list[Transport] = []
         self.launch = secrets.token_hex(4)
         self._made: list = []
 
+    def transport(self) -> Transport:
+        """One as of a process of its own."""
+        spare = SPARE.pop() if SPARE and self.transport_name == "mooncake" else choose(self.transport_name, "127.0.0.1")
+        self._transports.append(spare)
+        return spare
+
     def store(self, *args, **kwargs) -> Store:
-        self._made.append(store := Store(self.directory, *args, **kwargs))
+        self._made.append(store := Store(self.directory, self.transport(), *args, **kwargs))
         return store
 
     def source(self, *args, **kwargs) -> Source:
-        source = Source(self.directory, self.launch, *args, **kwargs)
+        source = Source(self.directory, self.launch, self.transport(), *args, **kwargs)
         self._made.append(source.sender)
         return source
 
@@ -55,27 +69,33 @@ class World:
         return proxy
 
     def peer(self, *args, **kwargs) -> Peer:
-        peer = Peer(args[0], self.launch, *args[1:], **kwargs)
+        peer = Peer(args[0], self.launch, self.transport(), *args[1:], **kwargs)
         self._made.append(peer)
         return peer
 
     def windows(self) -> list[str]:
-        return [name for name in os.listdir(window_module.DIRECTORY) if self.launch in name]
+        return [name for name in os.listdir(shm_module.DIRECTORY) if self.launch in name]
 
     def end(self) -> None:
         for made in reversed(self._made):
             made.close() if isinstance(made, Peer) else made.stop()
         assert self.windows() == []
+        if self.transport_name == "mooncake":
+            SPARE.extend(self._transports)
 
 
-@pytest.fixture
-def world(tmp_path, monkeypatch):
+@pytest.fixture(params=["shm", "mooncake"])
+def world(request, tmp_path, monkeypatch):
+    try:
+        require(request.param)
+    except TransportError as error:
+        pytest.skip(str(error))
     monkeypatch.setattr(sender_module, "WINDOW_BYTES", WINDOW)
     monkeypatch.setattr(server_module, "STOP_POLL", 20)
     monkeypatch.setattr(sender_module, "TICK", 20)
     monkeypatch.setattr(sender_module, "PAUSE", 0.0)
     monkeypatch.setattr(sender_module, "COUNTERS_INTERVAL", 0.02)
-    world = World(tmp_path)
+    world = World(tmp_path, request.param)
     yield world
     world.end()
 
@@ -258,12 +278,13 @@ def test_what_a_target_refuses_is_asked_again_later(world, monkeypatch):
     assert store.counters.rejected_frames >= 2
 
 
+@pytest.mark.parametrize("world", ["shm"], indirect=True)
 def test_without_shared_memory_there_is_no_shadow_until_there_is(world, monkeypatch):
     """A container has 64 MiB of it by default, and writing to more would end the process."""
     monkeypatch.setattr(sender_module, "RETRY", 0.2)
-    free = os.statvfs(window_module.DIRECTORY)
-    with pytest.raises(OSError):
-        window_module.create(f"kevlar-{world.launch}-g0e0.window0.0", free.f_blocks * free.f_frsize + (1 << 20))
+    free = os.statvfs(shm_module.DIRECTORY)
+    with pytest.raises(TransportError, match="No space"):
+        world.transport().offer(f"kevlar-{world.launch}-g0e0.window0.0", free.f_blocks * free.f_frsize + (1 << 20))
     assert world.windows() == []
 
     def full(*_):
@@ -379,11 +400,15 @@ def test_ranks_with_the_same_kv_read_it_in_one_store(world):
 # -- harm
 
 
-def flip_window(source: Source):
+def flip_window(source: Source, store: Store):
     def harm(parcel: Parcel, data: bytes) -> list[bytes]:
-        window = source.sender._window
-        if window is not None:  # it may just begin anew
-            window.bytes[parcel.offset + 5] ^= 1
+        windows = [session.window for session in list(store.server._sessions.values())]
+        if isinstance(source.sender._window, shm_module.OutgoingWindow):
+            windows = [source.sender._window]  # the same memory; there it may be written
+        for window in windows:
+            memory = getattr(window, "bytes", None)
+            if memory is not None:  # it may just begin anew
+                memory[parcel.offset + 5] ^= 1
         return [data]
 
     return harm
@@ -450,7 +475,7 @@ def test_bytes_that_change_in_the_window_are_noticed(world):
     proxy = world.proxy(store)
     source = world.source().to(proxy).linked()
     keys = sequence(1, 16)
-    done = proxy.once(Parcel, flip_window(source), after=2)
+    done = proxy.once(Parcel, flip_window(source, store), after=2)
     eventually(lambda: source.offer(keys) and done.is_set())
     eventually(lambda: source.counters.resyncs == 1)
     assert store.counters.rejected_frames >= 1
@@ -495,7 +520,7 @@ def test_what_goes_wrong_every_time_is_not_tried_all_the_time(world, monkeypatch
     store = world.store()
     proxy = world.proxy(store)
     source = world.source()
-    harm = flip_window(source)
+    harm = flip_window(source, store)
     proxy.harm = lambda message, data: harm(message, data) if isinstance(message, Parcel) else [data]
     source.to(proxy)
     end = time.monotonic() + 1
@@ -524,7 +549,7 @@ def test_a_line_that_harms_every_few_messages(world, monkeypatch, seed):
         if isinstance(message, Parcel) and dice.random() < 0.08:
             count += 1
             if dice.random() < 0.3:
-                return flip_window(source)(message, data)
+                return flip_window(source, store)(message, data)
             return dice.choice(harms)(message, data)
         if not isinstance(message, Parcel) and dice.random() < 0.05:
             count += 1
@@ -550,6 +575,72 @@ def test_a_line_that_harms_every_few_messages(world, monkeypatch, seed):
     eventually(lambda: source.offer(keys, request) and store.has(keys) == len(keys))
     for keys, _ in running:
         store.has(keys)
+
+
+@pytest.mark.parametrize("world", ["mooncake"], indirect=True)
+def test_what_an_older_session_still_writes_is_noticed_by_the_one_that_has_its_window_now(world):
+    """A one-sided write that has begun cannot be called back."""
+    store = world.store()
+    old, between, new = [world.peer(store) for _ in range(3)]
+    for peer in (old, between, new):
+        assert isinstance(peer.ask(peer.hello), Accept)
+    parcel = new.parcel(sequence(1, 3), 0)
+    assert old.window._address == new.window._address
+    old.parcel(sequence(2, 3), 0)
+    answer = new.ask(parcel)
+    assert isinstance(answer, Resync) and "checksum" in answer.reason
+    assert store.has(sequence(1, 3)) == store.has(sequence(2, 3)) == 0
+    assert isinstance(new.ask(new.hello), Accept)
+    assert isinstance(new.ask(new.parcel(sequence(1, 3), 0)), Ack)
+    assert store.has(sequence(1, 3)) == 3
+
+
+@pytest.mark.parametrize("world", ["mooncake"], indirect=True)
+@pytest.mark.parametrize("harm", ["refused by the target", "of no such target"])
+def test_a_write_that_fails_ends_the_session_and_the_next_is_whole(world, harm):
+    store = world.store()
+    source = world.source()
+    source.to(store).linked()
+    outgoing = source.sender._window
+    if harm == "refused by the target":
+        outgoing._address -= 1 << 40
+    else:
+        outgoing._target = "127.0.0.1:1"
+    keys = sequence(1, 16)
+    eventually(lambda: source.offer(keys, b"request") and source.counters.resyncs == 1)
+    source.send(keys, b"request")
+    assert store.has(keys) == 16 and store.counters.rejected_frames == 0
+    assert source.counters.resyncs == 1 and source.sender._staged == 0
+
+
+@pytest.mark.parametrize("world", ["mooncake"], indirect=True)
+def test_writes_that_always_fail_are_not_tried_all_the_time(world, monkeypatch):
+    monkeypatch.setattr(sender_module, "RETRY", 0.2)
+
+    def fail(*_):
+        raise TransportError("no route")
+
+    store, source = world.store(), world.source()
+    with monkeypatch.context() as patch:
+        patch.setattr(mooncake_module.OutgoingWindow, "push", fail)
+        source.to(store)
+        end = time.monotonic() + 1
+        while time.monotonic() < end:
+            source.offer(sequence(1, 4))
+            time.sleep(0.002)
+    assert 2 <= source.counters.resyncs <= 6 and source.slowest < 0.1
+    source.send(sequence(1, 4))
+    assert store.has(sequence(1, 4)) == 4
+
+
+def test_a_source_with_another_transport_is_refused(world):
+    store = world.store()
+    peer = world.peer(store)
+    for window in {"shm": ["mooncake"], "mooncake": ["", f"kevlar-{world.launch}-g0e1.window0.0"]}[
+        world.transport_name
+    ]:
+        assert isinstance(peer.ask(msgspec.structs.replace(peer.hello, window=window)), Refuse)
+    assert isinstance(peer.ask(peer.hello), Accept)
 
 
 # -- who may open a session
@@ -595,6 +686,7 @@ def test_a_source_with_another_layout_is_refused(world, field):
     assert len(store.store) == 0
 
 
+@pytest.mark.parametrize("world", ["shm"], indirect=True)
 @pytest.mark.parametrize(
     ("name", "size", "why"),
     [
@@ -621,16 +713,17 @@ def test_a_window_that_is_not_ours_or_too_short_is_refused(world, name, size, wh
     assert isinstance(peer.ask(peer.hello), Accept), "and it may try again"
 
 
+@pytest.mark.parametrize("world", ["shm"], indirect=True)
 def test_a_window_is_not_reached_through_a_link(world):
     store = world.store()
     peer = world.peer(store)
     (world.directory / "secret").write_bytes(b"x" * 4096)
     link = f"kevlar-{world.launch}-g0e1.window0.1"
-    os.symlink(world.directory / "secret", f"{window_module.DIRECTORY}/{link}")
+    os.symlink(world.directory / "secret", f"{shm_module.DIRECTORY}/{link}")
     try:
         answer = peer.ask(msgspec.structs.replace(peer.hello, window=link))
     finally:
-        window_module.remove(link)
+        os.unlink(f"{shm_module.DIRECTORY}/{link}")
     assert isinstance(answer, Refuse) and "cannot be opened" in answer.reason
 
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from sglang_kevlar import transport
 from sglang_kevlar.launcher.process import die_with_parent
 from sglang_kevlar.protocol.launch import EXIT_CONFIG, PROTOCOL_VERSION, KevlarArgs, LaunchPlan, Paths
 
@@ -52,6 +53,10 @@ def main(argv: Sequence[str]) -> int:
 
 def prepare(paths: Paths, launch_id: str, kevlar: KevlarArgs, argv: list[str], http: bool = True) -> LaunchPlan:
     """Write the launch plan and the resolved arguments. Raises ``LaunchRefused``."""
+    try:
+        transport.require(kevlar.shadow_transport)
+    except transport.TransportError as error:
+        raise LaunchRefused(f"--shadow-transport {kevlar.shadow_transport}: {error}") from error
     environment, search_path = dict(os.environ), list(sys.path)
     _load_upstream()
     from sglang_kevlar.upstream import saved_args

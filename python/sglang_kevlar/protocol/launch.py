@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 PROTOCOL_VERSION = 1
@@ -46,6 +48,8 @@ class KevlarArgs(msgspec.Struct, frozen=True, kw_only=True):
     shadow_min_context: int = 64
     #: MB/s that a rank sends at most; 0: no limit
     shadow_bandwidth: float = 0.0
+    #: how its bytes travel (`transport.choose`)
+    shadow_transport: Literal["shm", "mooncake"] = "shm"
     #: share of the promotions that are computed instead, and compared
     shadow_audit: float = 0.0
 

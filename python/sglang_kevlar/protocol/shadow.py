@@ -1,4 +1,4 @@
-"""Messages of a shadow link, rank to rank (msgpack over ZMQ; the bytes of KV lie in the window beside it).
+"""Messages of a shadow link, rank to rank (msgpack over ZMQ; the bytes of KV go through the window beside it).
 
 A source's rank is a DEALER, the store of the same rank of the target a ROUTER. One session: `Hello`, answered by
 `Accept` or `Refuse`; then `Parcel`, `Ended` and `Forget` in one numbered order, answered by `Ack`, or by `Resync` when
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import msgspec
 
-SHADOW_VERSION = 2
+SHADOW_VERSION = 3
 
 
 class Layout(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,7 +45,7 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
     group: int
     epoch: int
     layout: Layout
-    #: file of the window, and its size in bytes
+    #: descriptor of the source's end of the window (`transport.Outgoing`), and its size in bytes
     window: str
     window_bytes: int
 
@@ -89,6 +89,8 @@ class Accept(msgspec.Struct, frozen=True, kw_only=True, tag="accept"):
 
     session: str
     held: list[bytes]
+    #: descriptor of the target's end of the window (`transport.Incoming`)
+    window: str
 
 
 class Refuse(msgspec.Struct, frozen=True, kw_only=True, tag="refuse"):

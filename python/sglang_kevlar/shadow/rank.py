@@ -24,6 +24,7 @@ from sglang_kevlar.shadow.sender import ShadowSender, Target
 from sglang_kevlar.shadow.server import ShadowServer
 from sglang_kevlar.shadow.shelf import SharedStore
 from sglang_kevlar.shadow.store import ShadowStore
+from sglang_kevlar.transport import TransportError, choose
 from sglang_kevlar.worker.resume import ShadowPlanReq
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+#: all groups are on this host; what listens there is not for the network
+GROUPS_HOST = "127.0.0.1"
 #: seconds between two looks for what can be promoted ahead
 AHEAD_INTERVAL = 0.1
 
@@ -87,13 +90,15 @@ class RankShadow:
             ranks=place.sharers, token_bytes=layout.token_bytes, store_capacity_tokens=capacity * layout.block_tokens
         )
         self._store = ShadowStore(capacity, layout.block_bytes, place.sharers)
-        self._server = ShadowServer(place.endpoint(rank), layout, self._store, self.counters)
+        transport = choose(args.shadow_transport, GROUPS_HOST)
+        self._server = ShadowServer(place.endpoint(rank), layout, self._store, transport, self.counters)
         windows = itertools.count()
         self._sender = ShadowSender(
             group,
             epoch,
             layout,
             args.shadow_bandwidth * 1e6,
+            transport,
             lambda: window_name(place.plan.launch_id, group, epoch, rank, next(windows)),
             self.counters,
             paths.shadow_counters(group, epoch, rank),
@@ -191,7 +196,7 @@ def start(
             return None, _promoter(scheduler, place, store, ShadowCounters())
         shadow = RankShadow(scheduler, place)
         return shadow, shadow.promoter
-    except ValueError as reason:
+    except (ValueError, TransportError) as reason:
         logger.warning("KV is not shadowed: %s. A request of a lost worker group is computed again.", reason)
         return None, None
 

@@ -32,8 +32,8 @@ from sglang_kevlar.protocol.shadow import (
     Resync,
     ShadowCounters,
 )
-from sglang_kevlar.shadow import window
 from sglang_kevlar.shadow.pool import Staged, pack
+from sglang_kevlar.transport import Outgoing, Transport, TransportError
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ TICK = 100
 #: seconds without parcels when two sessions went wrong shortly one after the other: the next may, too, and each costs
 #: copies of everything
 PAUSE = 1.0
-#: seconds before a target that refused, or for which there was no window, is tried again
+#: seconds before a target that refused or cannot be reached, or for which there was no window, is tried again
 RETRY = 30.0
 COUNTERS_INTERVAL = 0.5
 
@@ -95,6 +95,7 @@ class ShadowSender:
         epoch: int,
         layout: Layout,
         bandwidth: float,
+        transport: Transport,
         new_window: Callable[[], str],
         counters: ShadowCounters,
         counters_file: str,
@@ -103,6 +104,7 @@ class ShadowSender:
         self._group, self._epoch = group, epoch
         self._layout = layout
         self._bandwidth = bandwidth
+        self._transport = transport
         self._new_window = new_window
         self._counters = counters
         self._counters_file = counters_file
@@ -119,7 +121,7 @@ class ShadowSender:
         self._wake = os.eventfd(0, os.EFD_NONBLOCK)
         self._socket: zmq.Socket[bytes] | None = None
         self._session = ""
-        self._window: window.Window | None = None
+        self._window: Outgoing | None = None
         self._target: Target | None = None
         self._opened_at = self._progress_at = 0.0
         self._wrong_at = -2 * PAUSE
@@ -223,6 +225,8 @@ class ShadowSender:
             self._work()
         except zmq.Again:
             self._start_over("it does not read")
+        except TransportError as error:
+            self._start_over(str(error))
         oldest = self.link.oldest if self.link is not None else None
         waiting = self._socket is not None and (self.link is None or oldest is not None)
         if waiting and now - max(self._progress_at, self._opened_at) > SILENCE:
@@ -233,11 +237,9 @@ class ShadowSender:
         self._target = target
         self._opened_at = time.monotonic()
         try:
-            self._window = window.create(name, self.window_bytes)
-        except OSError as error:
-            logger.error(
-                "no shared memory for a shadow (%d bytes in %s): %s", self.window_bytes, window.DIRECTORY, error
-            )
+            self._window = self._transport.offer(name, self.window_bytes)
+        except TransportError as error:
+            logger.error("no window for a shadow: %s", error)
             return
         self._session = name
         socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
@@ -250,7 +252,7 @@ class ShadowSender:
                 group=self._group,
                 epoch=self._epoch,
                 layout=self._layout,
-                window=name,
+                window=self._window.descriptor,
                 window_bytes=self.window_bytes,
             )
         )
@@ -267,7 +269,6 @@ class ShadowSender:
             self._socket.close()
             self._socket = None
         if self._window is not None:
-            window.remove(self._session)
             self._window.close()
             self._window = None
 
@@ -298,7 +299,14 @@ class ShadowSender:
             target = self._target
             assert target is not None
             if isinstance(message, Accept) and message.session == self._session:
-                window.remove(self._session)  # it is mapped on both sides
+                assert self._window is not None
+                try:
+                    self._window.accepted(message.window)
+                except TransportError as error:
+                    logger.error("worker group %d cannot be sent our KV: %s", target.group, error)
+                    self._counters.resyncs += 1
+                    self._close_socket()
+                    continue
                 self._sent_sequence = 0
                 self._unacknowledged.clear()
                 self.link = ShadowLink(self.window_bytes, message.held)
@@ -345,6 +353,8 @@ class ShadowSender:
         self._unacknowledged.append((sequence, piece.at))
         out = self._window.bytes[room : room + size].reshape(len(piece.keys), -1)
         pack(piece.staged.wait(), piece.first, len(piece.keys), self._layout.block_tokens, out)
+        crcs = [zlib.crc32(block.data) for block in out]
+        self._window.push(room, size)
         self._say(
             Parcel(
                 session=self._session,
@@ -352,7 +362,7 @@ class ShadowSender:
                 offset=room,
                 parent=piece.parent,
                 keys=piece.keys,
-                crcs=[zlib.crc32(block.data) for block in out],
+                crcs=crcs,
                 tokens=piece.tokens,
                 origin=piece.origin,
                 request=piece.request,

@@ -35,8 +35,8 @@ from sglang_kevlar.protocol.shadow import (
     ShadowCounters,
     ToStore,
 )
-from sglang_kevlar.shadow import window
 from sglang_kevlar.shadow.store import DamagedBlock, ShadowStore
+from sglang_kevlar.transport import Incoming, Transport, TransportError
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ SILENCE = 60.0
 @dataclass
 class _Session:
     hello: Hello
-    window: window.Window
+    window: Incoming
     #: what the store had forgotten before: of this, the source knows
     clears: int
     heard_at: float
@@ -69,8 +69,11 @@ class _Session:
 class ShadowServer:
     """``start`` runs it in a thread of its own until ``stop``."""
 
-    def __init__(self, endpoint: str, layout: Layout, store: ShadowStore, counters: ShadowCounters) -> None:
+    def __init__(
+        self, endpoint: str, layout: Layout, store: ShadowStore, transport: Transport, counters: ShadowCounters
+    ) -> None:
         self._layout = layout
+        self._transport = transport
         self._store = store
         self._counters = counters
         self._decoder = msgspec.msgpack.Decoder(ToStore)
@@ -142,8 +145,8 @@ class ShadowServer:
         reason = self._why_not(hello)
         if reason is None:
             try:
-                opened = window.attach(hello.window, hello.window_bytes)
-            except window.WindowError as error:
+                opened = self._transport.take(hello.window, hello.window_bytes)
+            except TransportError as error:
                 reason = str(error)
         if reason is not None:
             self._reject(f"session of worker group {hello.group} (epoch {hello.epoch}) refused: {reason}")
@@ -158,7 +161,8 @@ class ShadowServer:
         self._sessions[sender] = _Session(hello, opened, self._store.clears, time.monotonic())
         self._epochs[hello.group] = hello.epoch
         # After the session has noted how often the store was emptied: if it is now, the session begins again.
-        self._send(sender, Accept(session=hello.session, held=self._store.newest(HELD_KEYS)))
+        held = self._store.newest(HELD_KEYS)
+        self._send(sender, Accept(session=hello.session, held=held, window=opened.descriptor))
 
     def _why_not(self, hello: Hello) -> str | None:
         """Why KV of this source means nothing here; None when it is as ours."""
