@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 #: seconds for which a request waits for the other ranks' stores; then it is computed
 LOOKUP_TIMEOUT = 0.5
+#: seconds for which nothing is asked after one did not answer
+SILENT = 10.0
 #: bytes of KV that each rank promotes ahead in one step
 AHEAD_BYTES = 64 << 20
 
@@ -85,6 +87,7 @@ class Lookups:
         self._block = block
         self._peers = peers
         self._audit = audit
+        self._not_before = 0.0
         #: tokens promoted ahead in one step: a request that arrives waits for that
         self._most_ahead = max(1, AHEAD_BYTES // block_bytes) * block
         #: last blocks of running requests that need no promotion
@@ -168,6 +171,8 @@ class Lookups:
 
     def _ask_peers(self, ticket: str, keys: list[bytes]) -> list[Held] | None:
         """What the other stores say, in their order; None when one does not answer in time."""
+        if time.monotonic() < self._not_before:
+            return None
         if not self._sockets:
             for peer in self._peers:
                 socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
@@ -183,6 +188,7 @@ class Lookups:
             while True:
                 if not socket.poll(max(0, int((deadline - time.monotonic()) * 1000))):
                     logger.warning("a rank's shadow store does not answer; %s is computed again", ticket)
+                    self._not_before = time.monotonic() + SILENT
                     return None
                 answer = msgspec.msgpack.decode(socket.recv(), type=Held)
                 if answer.ticket == ticket:  # not a late one
