@@ -26,9 +26,9 @@ class UnknownModel(ValueError):
 class TokenBytes:
     """KV of one token over all layers."""
 
-    #: what one tensor-parallel rank holds, and sends
+    #: what one rank sends and keeps; of MLA, the first of a pipeline stage for all its tensor-parallel ranks
     rank: int
-    #: over all ranks
+    #: over all that send
     group: int
 
 
@@ -38,9 +38,9 @@ def token_bytes(config: dict[str, Any], element: int, tp_size: int, pp_size: int
     layers = _need(config, "num_hidden_layers")
     stage = math.ceil(layers / pp_size)
     if config.get("kv_lora_rank"):
-        # MLA: one latent vector for all heads, on every tensor-parallel rank.
+        # MLA: one latent vector for all heads, the same on every tensor-parallel rank.
         width = config["kv_lora_rank"] + _need(config, "qk_rope_head_dim")
-        return TokenBytes(stage * width * element, layers * width * element * tp_size)
+        return TokenBytes(stage * width * element, layers * width * element)
     heads = config.get("num_key_value_heads") or _need(config, "num_attention_heads")
     head_dim = config.get("head_dim") or _need(config, "hidden_size") // _need(config, "num_attention_heads")
     # With fewer heads than ranks each rank has a copy of one.

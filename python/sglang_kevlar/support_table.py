@@ -145,7 +145,7 @@ REMARKS: dict[str, str] = {
     "ignores `sampling_seed`.",
     "dtype": "float32 is exact. In bf16 and fp16 a moved request goes on as it would have only with the shadow, and "
     "not when it has to be prefilled again: prefill and decode round differently.",
-    "kv_cache_dtype": "Of all groups: the shadow is of this type. fp8 is not tested.",
+    "kv_cache_dtype": "Of all groups: the shadow is of this type. fp8 needs CUDA (or AMX), and is not tested.",
     "enable_lora": "Adapters loaded at run time are loaded again into a restarted group.",
     "lora_paths": "Ids are the same in all groups.",
     "enable_custom_logit_processor": "A processor sees all tokens of a moved request; what it keeps elsewhere is lost.",
@@ -160,7 +160,8 @@ REMARKS: dict[str, str] = {
     "hicache_ratio": "For each group.",
     "hicache_host_memory_fraction": "Each group takes this fraction of what is available when it starts: "
     "divide it by the number of groups.",
-    "enable_hierarchical_cache": "Each group has its own; it is empty after a restart.",
+    "enable_hierarchical_cache": "Each group has its own; it is empty after a restart. Needs CUDA. "
+    "What only the host tier has is not shadowed.",
     "hicache_storage_backend": "Shared by all groups; keys are SGLang's.",
     "load_format": "With `presharded`, make the shards once with `--stock`: groups that start together would all "
     "write them.",

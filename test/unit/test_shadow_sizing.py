@@ -27,7 +27,7 @@ DEEPSEEK_V3: dict[str, Any] = {"num_hidden_layers": 61, "kv_lora_rank": 512, "qk
         (LLAMA_8B, 16, 1, TokenBytes(16384, 262144)),  # half as many heads as ranks: each has a copy
         (LLAMA_8B, 1, 2, TokenBytes(65536, 131072)),
         (DEEPSEEK_V3, 1, 1, TokenBytes(70272, 70272)),
-        (DEEPSEEK_V3, 8, 1, TokenBytes(70272, 8 * 70272)),
+        (DEEPSEEK_V3, 8, 1, TokenBytes(70272, 70272)),
         ({"text_config": LLAMA_8B}, 1, 1, TokenBytes(131072, 131072)),
     ],
 )
