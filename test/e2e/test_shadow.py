@@ -28,7 +28,8 @@ POISON = Path(__file__).parent / "poison"
 
 
 def tokens(count: int, seed: int) -> list[int]:
-    return [random.Random(seed).randrange(64, 2000) for _ in range(count)]
+    chance = random.Random(seed)
+    return [chance.randrange(64, 2000) for _ in range(count)]
 
 
 def request(prompt: list[int], new_tokens: int, **fields: Any) -> Case:

@@ -112,7 +112,32 @@ def test_long_contexts_are_compared_from_their_end_and_lost_requests_not_waited_
     world.expect()
     world.prefill(0, 32)
     assert world.found == (2, 0)
+    assert world.auditor.choose(1.0) and not world.auditor.choose(1.0)
     monkeypatch.setattr(audit, "AUDIT_LIFE", -1.0)
+    world.auditor._busy_until = 0.0
+    assert world.auditor.choose(1.0) and world.auditor.choose(1.0)
+
+
+def test_a_share_of_requests_one_at_a_time(world: World) -> None:
+    assert not any(world.auditor.choose(0.0) for _ in range(100))
+    chosen = 0
+    for _ in range(100):
+        if world.auditor.choose(0.5):
+            chosen += 1
+            assert not any(world.auditor.choose(1.0) for _ in range(5))
+            world.expect()
+            world.prefill(0, 32)
+    assert 20 < chosen < 80 and world.found == (6 * chosen, 0)
+
+
+def test_what_another_request_had_promoted_is_not_compared_with_itself(world: World) -> None:
+    world.held[:5] = 0
+    assert world.auditor.choose(1.0)
     world.expect()
-    world.prefill(0, 32)
-    assert world.found == (2, 0)
+    world.prefill(5 * BLOCK - 1, 4)  # of a first chunk: the prefix is what was cached
+    world.prefill(5 * BLOCK + 3, 9)
+    assert world.found == (3, 0)
+    assert world.auditor.choose(1.0)
+    world.expect()
+    world.prefill(32, 1)
+    assert world.found == (3, 0) and world.auditor.choose(1.0)

@@ -182,9 +182,11 @@ class IndexMachine(RuleBasedStateMachine):
         self.index.check()
         assert len(self.index) == len(self.held) <= self.capacity
         assert self.index.evicted == self.evicted
-        assert {leaf.decode() for leaf in self.index.live_leaves()} == set(self.leaves.values())
-        depths = [len(leaf) for leaf in self.index.live_leaves()]
-        assert depths == sorted(depths, reverse=True)
+        running = self.index.running()
+        assert {request: (leaf.decode(), blocks) for request, leaf, blocks in running} == {
+            request: (leaf, len(leaf)) for request, leaf in self.leaves.items()
+        }
+        assert [blocks for *_, blocks in running] == sorted((blocks for *_, blocks in running), reverse=True)
         assert set(self.index.newest(3)) <= {key(path) for path in self.held}
         for path, block in self.held.items():
             assert self.index.path(key(path)) == [key(above) for above in self.chain(path)]

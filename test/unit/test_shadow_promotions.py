@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import zlib
 from array import array
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,8 @@ import pytest
 import frontend_fakes  # noqa: F401  (before sglang)
 from sglang_kevlar.control.shadow_keys import KeyChain, root_key
 from sglang_kevlar.protocol.shadow import ShadowCounters
-from sglang_kevlar.shadow.lookup import Lookups, PromoteReq
+from sglang_kevlar.shadow import lookup
+from sglang_kevlar.shadow.lookup import AHEAD_LEAST, Lookups, PromoteReq
 from sglang_kevlar.shadow.rank import RankShadow
 from sglang_kevlar.shadow.store import ShadowStore
 from sglang_kevlar.worker.resume import ShadowPlanReq
@@ -40,9 +42,10 @@ class World:
         self.rank = RankShadow.__new__(RankShadow)
         self.rank._store = self.store
         self.rank._ahead_at = 0.0
-        self.rank._lookups = Lookups(self.store, BLOCK, BLOCK_BYTES, tree, [], 0.0, self.counters)
+        self.rank._lookups = Lookups(self.store, BLOCK, BLOCK_BYTES, tree, [], lambda: self.audit, self.counters)
         self.rank.exporter = SimpleNamespace(content="old")  # type: ignore[assignment]
         self.spare = 1000
+        self.audit = False
         self.rank.promoter = SimpleNamespace(spare_tokens=lambda: self.spare)  # type: ignore[assignment]
         self.put(PROMPT[:BLOCK])
 
@@ -73,6 +76,12 @@ def world() -> World:
     return World()
 
 
+@pytest.fixture
+def least(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every block is worth being promoted ahead."""
+    monkeypatch.setattr(lookup, "AHEAD_LEAST", 1)
+
+
 def test_a_prefix_in_the_store_is_promoted_right_before_its_request(world: World) -> None:
     request = tokenized("a", PROMPT)
     assert world.step(AbortReq(rid="x"), request) == ["AbortReq", "PromoteReq", type(request).__name__]
@@ -95,12 +104,10 @@ def test_a_plan_with_another_target_only_does_not_keep_moved_requests_from_their
     assert got == ["ShadowPlanReq", "PromoteReq", kind]
 
 
-def test_a_share_of_requests_is_audited(world: World) -> None:
-    world.rank._lookups._audit = 0.5
-    promotions = [world.rank.with_promotions([tokenized(str(turn), PROMPT)])[0] for turn in range(60)]
-    audited = [promote.audited for promote in promotions]
-    assert any(audited) and not all(audited)
-    assert all(rid in (None, str(turn)) for turn, rid in enumerate(audited))
+def test_what_was_found_may_be_audited(world: World) -> None:
+    world.audit = True
+    promote = world.rank.with_promotions([tokenized("a", PROMPT)])[0]
+    assert promote.audited == "a"
 
 
 @pytest.mark.parametrize("forgetting", [ShadowPlanReq(rid="p", content=""), FlushCacheReqInput()])
@@ -114,41 +121,62 @@ def test_nothing_is_promoted_behind_what_makes_it_wrong(world: World, forgetting
 LONG, SHORT = list(range(100, 164)), list(range(200, 232))
 
 
-def test_what_runs_elsewhere_is_promoted_ahead_the_longest_first_and_once(world: World) -> None:
+def test_what_runs_elsewhere_is_promoted_ahead_the_longest_first_and_once(world: World, least: None) -> None:
     world.put(SHORT, b"short")
     world.put(LONG, b"long")
     world.put(list(range(300, 348)))  # of a finished request
     assert world.ahead() == [(LONG, 0, 4), (SHORT, 0, 2)]
     assert (world.counters.lookups, world.counters.hits) == (0, 0)
-    world.cached = {tuple(LONG): 64, tuple(SHORT): 20}
-    assert world.ahead() == [(SHORT, 1, 1)]
-    world.cached[tuple(SHORT)] = 32
+    world.cached = {tuple(LONG): 64, tuple(SHORT): 32}
     assert world.ahead() == []
-    world.cached.clear()  # evicted: not a reason to begin again
-    assert world.ahead() == []
-    world.put(LONG + SHORT, b"long")
-    assert world.ahead() == [(LONG + SHORT, 0, 6)]
+    grown = LONG + SHORT
+    world.put(grown, b"long")
+    world.cached[tuple(grown)] = 64
+    assert world.ahead() == [(grown, 4, 2)]
     world.store.end(b"long")
     assert world.ahead() == []
 
 
-def test_only_so_much_is_promoted_ahead_as_there_is_room_and_time_for(world: World) -> None:
+def test_what_was_declined_or_evicted_is_not_offered_again_until_there_is_more(world: World, least: None) -> None:
+    world.put(LONG, b"long")
+    assert world.ahead() == [(LONG, 0, 4)]
+    assert world.ahead() == [], "it was looked at, and is not in the tree"
+    assert world.ahead() == []
+    for turn, offered in enumerate((False, True, False, True)):
+        grown = LONG + SHORT * (turn + 1)
+        world.put(grown, b"long")
+        assert world.ahead() == ([(grown, 0, 6 + 2 * turn)] if offered else [])
+        assert world.ahead() == []
+
+
+def test_a_few_tokens_are_not_worth_a_step_of_all_ranks(world: World) -> None:
+    long = list(range(1000, 1000 + AHEAD_LEAST))
+    world.put(long[:-BLOCK], b"long")
+    assert world.ahead() == []
+    world.put(long, b"long")
+    assert world.ahead() == [(long, 0, AHEAD_LEAST // BLOCK)]
+
+
+def test_only_so_much_is_promoted_ahead_as_there_is_room_and_time_for(world: World, least: None) -> None:
     world.put(SHORT, b"short")
     world.put(LONG, b"long")
     world.spare = 5 * BLOCK + 3
     assert world.ahead() == [(LONG, 0, 4), (SHORT[:BLOCK], 0, 1)]
+    world.store.end(b"short")
+    world.store.end(b"long")
+    world.put(LONG, b"long again")
     world.rank._lookups._most_ahead = 2 * BLOCK
     assert world.ahead() == [(LONG[: 2 * BLOCK], 0, 2)]
     world.cached = {tuple(LONG): 2 * BLOCK}
     assert world.ahead() == [(LONG, 2, 2)]
+    world.rank._ahead_at = time.monotonic() + 60
+    world.put(SHORT, b"short again")
+    assert world.rank.promotions_ahead() == []
     world.spare = BLOCK - 1
     assert world.ahead() == []
-    world.rank._ahead_at = time.monotonic() + 60
-    world.spare = 1000
-    assert world.rank.promotions_ahead() == []
 
 
-def test_nothing_of_other_weights_is_promoted_ahead(world: World) -> None:
+def test_nothing_of_other_weights_is_promoted_ahead(world: World, least: None) -> None:
     world.put(LONG, b"long", content="older")
     assert world.ahead() == []
     world.rank.exporter.content = ""
@@ -156,3 +184,25 @@ def test_nothing_of_other_weights_is_promoted_ahead(world: World) -> None:
     assert world.ahead() == []
     world.rank.exporter.content = "old"
     assert world.ahead() == [(SHORT, 0, 2)]
+
+
+def test_work_for_ranks_that_have_nothing_or_say_nothing_is_bounded(
+    world: World, least: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Another rank has no store: no pass looks at more than one request, and soon at none."""
+    monkeypatch.setattr(lookup, "LOOKUP_TIMEOUT", 0.05)
+    lookups = world.rank._lookups
+    lookups._peers = [f"ipc://{tmp_path}/nobody"]
+    for number in range(3):
+        start = 1000 * number
+        world.put(list(range(start, start + 64)), b"%d" % number)
+    assert [blocks for *_, blocks in world.ahead()] == [0]
+    assert world.rank.with_promotions([tokenized("a", PROMPT)])[0].blocks == 0
+    started = time.monotonic()
+    for turn in range(3000):
+        assert world.ahead() == []
+        assert len(world.rank.with_promotions([tokenized(f"b{turn}", PROMPT)])) == 1
+    assert time.monotonic() - started < 20, "nobody is waited for any more"
+    for turn in range(1200):  # more than a socket takes in
+        lookups._not_before = lookups._unanswered = 0
+        lookups._ask_peers(str(turn), [b"k"])

@@ -42,8 +42,9 @@ def put(
 def holds(store: ShadowStore, keys: list[bytes], ticket: str = "check") -> int:
     """How many blocks a pin finds, all of which have the right bytes."""
     count = store.pin(keys, ticket)
-    assert np.array_equal(store.read(ticket, 0, count), [content(key) for key in keys[:count]]) if count else True
-    store.release(ticket)
+    if count:
+        assert np.array_equal(store.read(ticket, 0, count), [content(key) for key in keys[:count]])
+        store.release(ticket)
     store.check()
     return count
 
@@ -122,11 +123,11 @@ def test_it_knows_the_tokens_of_what_runs_longest_first():
     put(store, names("long", 4)[2:], parent=b"long1", request=b"a")
     put(store, names("short", 2), request=b"b")
     put(store, names("idle", 6))
-    assert store.running() == [b"long3", b"short1"]
+    assert store.running() == [(b"a", b"long3", 4), (b"b", b"short1", 2)]
     assert store.sequence(b"long3") == (names("long", 4), array("q", tokens(names("long", 4))), ORIGIN)
     assert store.sequence(b"gone") is None
     store.end(b"a")
-    assert store.running() == [b"short1"]
+    assert store.running() == [(b"b", b"short1", 2)]
     assert store.newest(3) == [b"idle5", b"idle4", b"idle3"] and len(store.newest(100)) == 12
 
 
@@ -181,6 +182,43 @@ def test_tickets_end_when_returned_or_forgotten_and_are_good_for_one_pin(monkeyp
     store.clear()
     assert len(store) == 0 and store.clears == 2
     store.check()
+
+
+def test_a_ticket_that_is_returned_before_or_while_its_blocks_are_looked_at_pins_nothing(monkeypatch):
+    """Whoever asked did not wait for the answer."""
+    store = ShadowStore(4, BLOCK)
+    keys = names("a", 4)
+    put(store, keys)
+    store.release("early")
+    assert store.pin(keys, "early") == 0
+    check = store._intact
+
+    def returned_meanwhile(blocks):
+        store.release("late")
+        store.expire()
+        assert put(store, [b"x"]) == [b"x"], "they are being read"
+        return check(blocks)
+
+    monkeypatch.setattr(store, "_intact", returned_meanwhile)
+    assert store.pin(keys, "late") == 4
+    monkeypatch.undo()
+    assert put(store, [b"x"]) == []
+    assert store.pin(keys[:3], "early") == 3, "it is good again"
+    for number in range(5000):
+        store.release(f"never {number}")
+    assert len(store._returned) <= store_module.RETURNED_KEPT
+
+
+@pytest.mark.parametrize("damaged", [0, 1, 6, 7, None])
+def test_many_blocks_are_checked_by_several_threads(monkeypatch, damaged):
+    monkeypatch.setattr(store_module, "CHECKERS", 4)
+    monkeypatch.setattr(store_module, "CHECK_BYTES", BLOCK)
+    store = ShadowStore(8, BLOCK)
+    keys = names("a", 8)
+    put(store, keys)
+    if damaged is not None:
+        flip(store, keys[damaged])
+    assert holds(store, keys) == (8 if damaged is None else damaged)
 
 
 def test_two_threads_put_and_pin_and_every_byte_read_is_right():

@@ -116,9 +116,10 @@ class StoreIndex:
         if leaf is not None:
             self._count_down(leaf)
 
-    def live_leaves(self) -> list[bytes]:
-        """The deepest block of each running request, the deepest first."""
-        return sorted(set(self._leaves.values()), key=lambda leaf: self._blocks[leaf].depth, reverse=True)
+    def running(self) -> list[tuple[bytes, bytes, int]]:
+        """Each running request with its last block and how many it has, the longest first."""
+        found = [(request, leaf, self._blocks[leaf].depth + 1) for request, leaf in self._leaves.items()]
+        return sorted(found, key=lambda each: each[2], reverse=True)
 
     def path(self, key: bytes) -> list[bytes]:
         """The keys from a first block to ``key``, which is held."""

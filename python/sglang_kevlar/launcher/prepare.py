@@ -54,7 +54,8 @@ def main(argv: Sequence[str]) -> int:
 def prepare(paths: Paths, launch_id: str, kevlar: KevlarArgs, argv: list[str], http: bool = True) -> LaunchPlan:
     """Write the launch plan and the resolved arguments. Raises ``LaunchRefused``."""
     try:
-        transport.require(kevlar.shadow_transport)
+        if kevlar.shadow_memory and kevlar.worker_groups > 1:
+            transport.require(kevlar.shadow_transport)
     except transport.TransportError as error:
         raise LaunchRefused(f"--shadow-transport {kevlar.shadow_transport}: {error}") from error
     environment, search_path = dict(os.environ), list(sys.path)

@@ -6,6 +6,7 @@ The request that is audited is prefilled as if nothing had been found for it, so
 from __future__ import annotations
 
 import logging
+import random
 import threading
 import time
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ class _Expected:
     begin: int
     end: int
     blocks: np.ndarray
-    until: float
+    seen: bool = False
 
 
 class Auditor:
@@ -54,6 +55,16 @@ class Auditor:
         self._req_to_token = req_to_token
         self._counters = counters
         self._expected: _Expected | None = None
+        #: seconds, monotonic: until then no other is chosen
+        self._busy_until = 0.0
+
+    def choose(self, share: float) -> bool:
+        """First rank only, which decides for all: whether the next request is to be audited."""
+        now = time.monotonic()
+        if now < self._busy_until or random.random() >= share:
+            return False
+        self._busy_until = now + AUDIT_LIFE
+        return True
 
     def expect(self, promote: PromoteReq, store: ShadowStore | SharedStore) -> None:
         assert promote.audited is not None
@@ -64,7 +75,6 @@ class Auditor:
             begin=end - count * self._block,
             end=end,
             blocks=store.read(promote.ticket, promote.blocks - count, count),
-            until=time.monotonic() + AUDIT_LIFE,
         )
 
     def before_result(self, batch: ScheduleBatch) -> None:
@@ -72,18 +82,29 @@ class Auditor:
         expected = self._expected
         if expected is None or not batch.forward_mode.is_extend():
             return
-        if time.monotonic() > expected.until:
-            self._expected = None
-            return
         for req, prefix, extend in zip(batch.reqs, batch.prefix_lens, batch.extend_lens, strict=True):
-            if req.rid == expected.rid and prefix + extend >= expected.end and req.kv.holds_kv:
+            if req.rid != expected.rid or not req.kv.holds_kv:
+                continue
+            if not expected.seen:
+                expected.seen = True
+                # What it found cached was promoted for another, and would be compared with itself.
+                skip = max(0, -(-(prefix - expected.begin) // self._block))
+                expected.begin += skip * self._block
+                expected.blocks = expected.blocks[skip:]
+            if expected.begin >= expected.end:
+                self._end()
+            elif prefix + extend >= expected.end:
                 self._expected = None
                 slots = self._req_to_token[req.kv.req_pool_idx, expected.begin : expected.end]
                 computed = self._rows.read(slots)
                 # Waiting for the copy and comparing take longer than the loop has time for.
                 arguments = (expected, computed)
                 threading.Thread(target=self._compare, args=arguments, name="kevlar-audit", daemon=True).start()
-                return
+            return
+
+    def _end(self) -> None:
+        self._expected = None
+        self._busy_until = 0.0
 
     def _compare(self, expected: _Expected, staged: Staged) -> None:
         computed = np.empty_like(expected.blocks)
@@ -95,6 +116,7 @@ class Auditor:
         wrong = np.flatnonzero(~(distances <= far))
         self._counters.audited_blocks += len(computed)
         self._counters.wrong_blocks += len(wrong)
+        self._busy_until = 0.0
         if len(wrong):
             first = expected.begin + int(wrong[0]) * self._block
             logger.error(

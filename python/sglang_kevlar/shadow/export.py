@@ -211,6 +211,7 @@ class Exporter:
             if sequence.content != self.content:
                 continue
             blocks = tokens // self._block
+            others_sent_it = sequence.link in (None, link)  # and not this source, in a session before
             sequence.follow(link)
             if blocks > len(sequence.chain.keys):
                 done = len(sequence.chain.keys) * self._block
@@ -218,7 +219,8 @@ class Exporter:
             if not sequence.is_whole_at_target():
                 continue
             first = link.missing(sequence.chain.keys[:blocks], sequence.sent)
-            self._counters.saved_tokens += (first - sequence.sent) * self._block
+            if others_sent_it:
+                self._counters.saved_tokens += (first - sequence.sent) * self._block
             sequence.sent = first
             if first < blocks:
                 wanted.append((blocks, first, req, sequence))

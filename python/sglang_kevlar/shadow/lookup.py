@@ -13,10 +13,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
-import random
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -34,10 +33,14 @@ logger = logging.getLogger(__name__)
 
 #: seconds for which a request waits for the other ranks' stores; then it is computed
 LOOKUP_TIMEOUT = 0.5
-#: seconds for which nothing is asked after one did not answer
+#: bytes a second at which a store checks what it holds, at least
+CHECK_RATE = 5e8
+#: seconds for which nothing is asked after no answer came, twice
 SILENT = 10.0
 #: bytes of KV that each rank promotes ahead in one step
 AHEAD_BYTES = 64 << 20
+#: tokens that a running request lacks in the pool before it is worth a step of all ranks
+AHEAD_LEAST = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,24 +77,28 @@ class Lookups:
         block_bytes: int,
         tree: Any,
         peers: Sequence[str],
-        audit: float,
+        audit: Callable[[], bool],
         counters: ShadowCounters,
     ) -> None:
         """``block``: tokens of one, ``block_bytes`` bytes of KV.
 
-        ``peers``: endpoints of the other stores of the group, by rank. ``audit``: share of requests to be audited.
+        ``peers``: endpoints of the other stores of the group, by rank. ``audit``: whether to audit what was found.
         """
         self._store = store
         self._counters = counters
         self._tree = tree
         self._block = block
+        self._block_bytes = block_bytes
         self._peers = peers
         self._audit = audit
+        #: questions in a row without an answer; when the next one may be asked after two of them
+        self._unanswered = 0
         self._not_before = 0.0
         #: tokens promoted ahead in one step: a request that arrives waits for that
         self._most_ahead = max(1, AHEAD_BYTES // block_bytes) * block
-        #: last blocks of running requests that need no promotion
-        self._in_pool: set[bytes] = set()
+        #: by running request: the blocks that need no look, because they are in the pool or cannot get there
+        self._reached: dict[bytes, int] = {}
+        self._declined: set[bytes] = set()
         self._sockets: list[zmq.Socket[bytes]] = []
         self._tickets = itertools.count()
 
@@ -118,35 +125,50 @@ class Lookups:
         self._counters.lookups += 1
         chain = KeyChain(root_key(content, *origin), self._block)
         chain.grow(tokens[: (first + 1) * self._block])
-        if chain.keys[first] not in self._store:
+        if chain.keys[first] not in self._store or self._peers_are_silent():
             return None
         chain.grow(tokens[(first + 1) * self._block : usable * self._block])
         promote = self._promotion(str(message.rid), tokens, origin, first, chain.keys[first:], ahead=False)
         self._counters.hits += promote.blocks > 0
-        if promote.blocks and random.random() < self._audit:
+        if promote.blocks and self._audit():
             return dataclasses.replace(promote, audited=message.rid)
         return promote
 
     def ahead(self, content: str, spare_tokens: int) -> list[PromoteReq]:
         """For running requests, the longest first: what of their KV is not in the pool yet, a part at a time."""
+        if not content or self._peers_are_silent():
+            return []
         promotions: list[PromoteReq] = []
-        leaves = self._store.running() if content else []
-        self._in_pool.intersection_update(leaves)
+        running = self._store.running()
+        self._reached = {request: self._reached.get(request, 0) for request, *_ in running}
+        self._declined.intersection_update(self._reached)
+        least = max(1, AHEAD_LEAST // self._block)
         room = min(spare_tokens, self._most_ahead) // self._block
-        for leaf in leaves:
+        for request, leaf, blocks in running:
             if room == 0:
                 break
-            if leaf in self._in_pool or (sequence := self._store.sequence(leaf)) is None:
+            if blocks - self._reached[request] < least or (sequence := self._store.sequence(leaf)) is None:
                 continue
             keys, tokens, origin = sequence
             beginning = KeyChain(root_key(content, *origin), self._block)
             beginning.grow(tokens[: self._block])
             first = self._cached_blocks(tokens, origin)
-            if first == len(keys) or beginning.keys[0] != keys[0]:  # the latter is of other weights
-                self._in_pool.add(leaf)
+            if beginning.keys[0] != keys[0]:  # of other weights
+                self._reached[request] = blocks
                 continue
-            promotions.append(self._promotion("ahead", tokens, origin, first, keys[first : first + room], ahead=True))
-            room -= promotions[-1].blocks
+            if first < self._reached[request] and request not in self._declined:
+                # No rank had room for what was offered, or it was evicted: not again before the request has grown.
+                self._declined.add(request)
+                self._reached[request] = blocks
+                continue
+            self._declined.discard(request)
+            part = keys[first : first + room] if blocks - first >= least else []
+            self._reached[request] = first + len(part)
+            if part:
+                promotions.append(self._promotion("ahead", tokens, origin, first, part, ahead=True))
+                room -= len(part)
+                if not promotions[-1].blocks:
+                    break  # the other ranks have it not, or do not say
         return promotions
 
     def _cached_blocks(self, tokens: array[int], origin: Origin) -> int:
@@ -159,20 +181,26 @@ class Lookups:
         self, name: str, tokens: array[int], origin: Origin, first: int, keys: list[bytes], ahead: bool
     ) -> PromoteReq:
         ticket = f"{name}#{next(self._tickets)}"
+        asked = self._ask_peers(ticket, keys)
         blocks = self._store.pin(keys, ticket)
         shelves = [self._store.shelf(ticket)]
-        if blocks and self._peers:
-            answers = self._ask_peers(ticket, keys[:blocks])
+        if asked:
+            answers = self._peers_say(ticket, len(keys))
             blocks = min(blocks, *(held.blocks for held in answers)) if answers is not None else 0
             shelves += [held.shelf for held in answers or ()]
+        elif self._peers:
+            blocks = 0
         # Also when it is 0: what some ranks have pinned is released by it.
         end = (first + blocks) * self._block
         return PromoteReq(ticket, tokens[:end], *origin, first, blocks, shelves, ahead)
 
-    def _ask_peers(self, ticket: str, keys: list[bytes]) -> list[Held] | None:
-        """What the other stores say, in their order; None when one does not answer in time."""
-        if time.monotonic() < self._not_before:
-            return None
+    def _peers_are_silent(self) -> bool:
+        return time.monotonic() < self._not_before
+
+    def _ask_peers(self, ticket: str, keys: list[bytes]) -> bool:
+        """Whether the other stores, if there are any, look while ours does."""
+        if not self._peers or self._peers_are_silent():
+            return False
         if not self._sockets:
             for peer in self._peers:
                 socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
@@ -180,18 +208,29 @@ class Lookups:
                 socket.connect(peer)
                 self._sockets.append(socket)
         question = msgspec.msgpack.encode(Lookup(ticket=ticket, keys=keys))
-        for socket in self._sockets:
-            socket.send(question)
-        deadline = time.monotonic() + LOOKUP_TIMEOUT
+        try:
+            for socket in self._sockets:
+                socket.send(question, zmq.NOBLOCK)
+        except zmq.Again:
+            self._not_before = time.monotonic() + SILENT
+            return False
+        return True
+
+    def _peers_say(self, ticket: str, blocks: int) -> list[Held] | None:
+        """What the other stores answer, in their order; None when one does not in time."""
+        deadline = time.monotonic() + LOOKUP_TIMEOUT + blocks * self._block_bytes / CHECK_RATE
         answers: list[Held] = []
         for socket in self._sockets:
             while True:
                 if not socket.poll(max(0, int((deadline - time.monotonic()) * 1000))):
                     logger.warning("a rank's shadow store does not answer; %s is computed again", ticket)
-                    self._not_before = time.monotonic() + SILENT
+                    self._unanswered += 1
+                    if self._unanswered > 1:
+                        self._not_before = time.monotonic() + SILENT
                     return None
                 answer = msgspec.msgpack.decode(socket.recv(), type=Held)
                 if answer.ticket == ticket:  # not a late one
                     answers.append(answer)
                     break
+        self._unanswered = 0
         return answers

@@ -79,8 +79,6 @@ class Promoter:
         # host tier has is loaded by that.
         if wanted < self._block or have < promote.first * self._block or match.host_hit_length:
             return
-        if promote.ahead and wanted > self.spare_tokens():
-            return
         # Upstream's idle check counts slots: from here to the insertion nothing may come between.
         lock = self._tree.inc_lock_ref(match.last_device_node)
         try:

@@ -114,10 +114,17 @@ class RankShadow:
             self.counters,
         )
         others = [place.endpoint(other) for other in place.keepers if other != rank]
-        self._lookups = Lookups(
-            self._store, layout.block_tokens, layout.block_bytes, tree, others, args.shadow_audit, self.counters
-        )
         self.promoter = _promoter(scheduler, place, self._store, self.counters)
+        auditor = self.promoter.auditor
+        self._lookups = Lookups(
+            self._store,
+            layout.block_tokens,
+            layout.block_bytes,
+            tree,
+            others,
+            lambda: auditor.choose(args.shadow_audit),
+            self.counters,
+        )
         #: when KV may be promoted ahead again, monotonic seconds
         self._ahead_at = math.inf if args.shadow_audit else 0.0
         self._server.start()
@@ -156,11 +163,11 @@ class RankShadow:
 
     def promotions_ahead(self) -> list[PromoteReq]:
         """First rank only, when the group has nothing else to do."""
-        now = time.monotonic()
-        if now < self._ahead_at or not len(self._store):
+        if time.monotonic() < self._ahead_at or not len(self._store):
             return []
-        self._ahead_at = now + AHEAD_INTERVAL
-        return self._lookups.ahead(self.exporter.content, self.promoter.spare_tokens())
+        promotions = self._lookups.ahead(self.exporter.content, self.promoter.spare_tokens())
+        self._ahead_at = time.monotonic() + AHEAD_INTERVAL
+        return promotions
 
     def _forgets(self, message: Any) -> bool:
         """Whether KV that was cached before ``message`` must not be used behind it."""

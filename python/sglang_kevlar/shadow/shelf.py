@@ -23,7 +23,7 @@ def check() -> None:
         raise ValueError(f"ranks cannot share memory here: {error}") from error
 
 
-class SharedMemory:
+class MappableMemory:
     """Memory that other ranks of this host map by ``file``. It has no name, so nothing can be left behind."""
 
     def __init__(self, blocks: int, block_bytes: int) -> None:

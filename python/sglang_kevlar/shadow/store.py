@@ -6,21 +6,28 @@ so its bytes are read without the lock.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import zlib
 from array import array
+from collections import OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 
-from sglang_kevlar.control.shadow_index import Origin, StoreIndex
+from sglang_kevlar.control.shadow_index import Block, Origin, StoreIndex
 from sglang_kevlar.protocol.shadow import Shelf
-from sglang_kevlar.shadow.shelf import SharedMemory
+from sglang_kevlar.shadow.shelf import MappableMemory
 
 #: seconds after which a ticket that was never returned ends: its request did not reach the scheduler
 TICKET_LIFE = 600.0
+RETURNED_KEPT = 1024
+#: threads that compute checksums of what is to be promoted, and the least bytes that are worth one
+CHECKERS = min(4, os.cpu_count() or 1)
+CHECK_BYTES = 4 << 20
 
 
 class DamagedBlock(Exception):
@@ -34,6 +41,8 @@ class _Ticket:
     readers: int
     #: when it ends by itself, monotonic seconds
     end: float
+    #: until then the thread that pins them is at work on them
+    checked: bool = False
 
 
 class ShadowStore:
@@ -44,10 +53,13 @@ class ShadowStore:
         """
         self._index = StoreIndex(capacity)
         self._readers = readers
-        self._shared = SharedMemory(capacity, block_bytes) if readers > 1 else None
+        self._shared = MappableMemory(capacity, block_bytes) if readers > 1 else None
         self._memory = self._shared.bytes if self._shared else np.empty((capacity, block_bytes), dtype=np.uint8)
         self._lock = threading.Lock()
         self._tickets: dict[str, _Ticket] = {}
+        #: tickets that were returned and pin nothing, the last few: some are yet to come
+        self._returned: OrderedDict[str, bool] = OrderedDict()
+        self._checkers = ThreadPoolExecutor(CHECKERS, "kevlar-shadow-check")
         #: evicted or damaged, for the sources to know
         self._dropped: list[bytes] = []
         #: how often everything was forgotten
@@ -103,10 +115,10 @@ class ShadowStore:
         with self._lock:
             return self._index.newest(count)
 
-    def running(self) -> list[bytes]:
-        """The last block of each running request of the sources, the longest context first."""
+    def running(self) -> list[tuple[bytes, bytes, int]]:
+        """The sources' running requests, each with its last block and how many it has, the longest first."""
         with self._lock:
-            return self._index.live_leaves()
+            return self._index.running()
 
     def sequence(self, key: bytes) -> tuple[list[bytes], array[int], Origin] | None:
         """Keys and tokens of all blocks up to ``key``; None when it is not held any more."""
@@ -135,26 +147,47 @@ class ShadowStore:
     def pin(self, keys: Sequence[bytes], ticket: str) -> int:
         """How many of ``keys``, which follow each other, are held intact.
 
-        They stay until every reader has returned the ticket.
-
-        Raises ValueError for a ticket that is out already.
+        They stay until every reader has returned the ticket; none do when one has already, because it did not want to
+        wait for the answer. Raises ValueError for a ticket that is out already.
         """
         with self._lock:
             if ticket in self._tickets:
                 raise ValueError(f"{ticket} pins something already")
+            if self._returned.pop(ticket, False):
+                return 0
             count = self._index.longest(keys)
             self._index.pin(keys[:count])
             blocks = [self._index.get(key) for key in keys[:count]]
-        intact = next(
-            (i for i, block in enumerate(blocks) if zlib.crc32(self._memory[block.slot].data) != block.crc), count
-        )
+            pinned = _Ticket(list(keys[:count]), self._readers, time.monotonic() + TICKET_LIFE)
+            self._tickets[ticket] = pinned
+        intact = self._intact(blocks)
         with self._lock:
             self._index.unpin(keys[intact:count])
             if intact < count:
                 self._dropped += self._index.remove(keys[intact])
-            if intact:
-                self._tickets[ticket] = _Ticket(list(keys[:intact]), self._readers, time.monotonic() + TICKET_LIFE)
+            pinned.keys = pinned.keys[:intact]
+            pinned.checked = True
+            if pinned.readers <= 0 or not intact:
+                self._end(ticket)
         return intact
+
+    def _intact(self, blocks: Sequence[Block]) -> int:
+        """How many of them, from the first on, have the bytes that they came with."""
+
+        def check(part: Sequence[Block]) -> int:
+            intact = (zlib.crc32(self._memory[block.slot].data) == block.crc for block in part)
+            return next((i for i, good in enumerate(intact) if not good), len(part))
+
+        # A request waits for this, and a long context is gigabytes. The checksum does not hold the interpreter's lock.
+        size = max(-(-len(blocks) // CHECKERS), CHECK_BYTES // self._memory.shape[1], 1)
+        if len(blocks) <= size:
+            return check(blocks)
+        count = 0
+        for good in self._checkers.map(check, [blocks[i : i + size] for i in range(0, len(blocks), size)]):
+            count += good
+            if good < size:
+                break
+        return count
 
     def read(self, ticket: str, first: int, blocks: int) -> np.ndarray:
         """A copy of pinned blocks: uint8 (blocks, block bytes). Raises KeyError when ``ticket`` does not cover them."""
@@ -173,18 +206,21 @@ class ShadowStore:
         return Shelf(memory=self._shared.file, slots=slots)
 
     def release(self, ticket: str) -> None:
-        """One reader needs ``ticket`` no more; with the last, its pins end. Of one that pins nothing, nothing does."""
+        """One reader needs ``ticket`` no more; with the last, its pins end."""
         with self._lock:
             if (returned := self._tickets.get(ticket)) is None:
+                self._returned[ticket] = True
+                if len(self._returned) > RETURNED_KEPT:
+                    self._returned.popitem(last=False)
                 return
             returned.readers -= 1
-            if returned.readers == 0:
+            if returned.readers <= 0 and returned.checked:
                 self._end(ticket)
 
     def expire(self) -> None:
         now = time.monotonic()
         with self._lock:
-            for ticket in [ticket for ticket, pinned in self._tickets.items() if pinned.end < now]:
+            for ticket in [name for name, pinned in self._tickets.items() if pinned.end < now and pinned.checked]:
                 self._end(ticket)
 
     def _end(self, ticket: str) -> None:

@@ -66,6 +66,8 @@ class Mooncake:
         self._engine = self._sending = _Engine(host)
         #: of this process, whatever its name was before
         self._identity = secrets.token_hex(8)
+        #: kept: the end of an engine takes seconds and frees memory that a late write may still go to
+        self._replaced: list[_Engine] = []
         #: by name: the process that had it when we first wrote there
         self._known: dict[str, str] = {}
 
@@ -81,6 +83,7 @@ class Mooncake:
         """Raises TransportError for a name that was another's; the next window can be used with it."""
         if self._known.setdefault(name, identity) != identity:
             self._known = {}
+            self._replaced.append(self._sending)
             self._sending = _Engine(self._host)
             raise TransportError(f"{name} was another process before: Mooncake needs a new engine for it")
 

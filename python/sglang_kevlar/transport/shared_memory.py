@@ -78,6 +78,8 @@ class IncomingWindow:
             if size <= 0 or os.fstat(descriptor).st_size < size:
                 raise TransportError(f"the window is smaller than {size} bytes")
             self.bytes = np.frombuffer(mmap.mmap(descriptor, size, prot=mmap.PROT_READ), dtype=np.uint8)
+        except OSError as error:
+            raise TransportError(f"the window cannot be mapped: {error}") from None
         finally:
             os.close(descriptor)
 

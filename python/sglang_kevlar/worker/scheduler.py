@@ -223,7 +223,7 @@ class KevlarScheduler(Scheduler):  # type: ignore[misc]
     def _promote(self, promote: PromoteReq) -> None:
         if self._promoter is not None:
             self._promoter.apply(promote)
-        else:  # no window could be had here, say: this rank has not answered the lookup
+        else:  # its transport did not start here, say; so this rank has not answered the lookup
             assert promote.blocks == 0
 
     def _follow_shadow_plan(self, plan: ShadowPlanReq) -> None:
