@@ -67,7 +67,7 @@ class Piece:
     origin: tuple[str | None, str | None]
     request: bytes | None
     #: when it was copied, monotonic seconds
-    at: float = field(default_factory=time.monotonic)
+    at: float = field(default_factory=lambda: time.monotonic())
 
 
 @dataclass
@@ -84,6 +84,13 @@ class Target:
     group: int
     epoch: int
     endpoint: str
+
+
+def dial(endpoint: str) -> zmq.Socket[bytes]:
+    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.connect(endpoint)
+    return socket
 
 
 class ShadowSender:
@@ -190,18 +197,16 @@ class ShadowSender:
     def _run(self) -> None:
         counted_at = 0.0
         while not self._stopping:
-            try:
-                self._step()
-            except Exception:
-                logger.exception("shadow sender: starting over")
-                self._disconnect()
+            self._wait()
+            if not self._guarded_step():
                 time.sleep(1)
             if time.monotonic() - counted_at >= COUNTERS_INTERVAL:
                 counted_at = time.monotonic()
                 self._write_counters()
         self._disconnect()
 
-    def _step(self) -> None:
+    def _wait(self) -> None:
+        """Until there may be something to do."""
         poller = zmq.Poller()
         poller.register(self._wake, zmq.POLLIN)
         if self._socket is not None:
@@ -212,6 +217,19 @@ class ShadowSender:
             os.eventfd_read(self._wake)
         except BlockingIOError:
             pass
+
+    def _guarded_step(self) -> bool:
+        """False: something that nobody thought of went wrong, and everything begins anew."""
+        try:
+            self._step()
+        except Exception:
+            logger.exception("shadow sender: starting over")
+            self._disconnect()
+            return False
+        return True
+
+    def _step(self) -> None:
+        """Whatever can be done without waiting."""
         now = time.monotonic()
         wanted = self._wanted
         if wanted != self._target:
@@ -242,10 +260,7 @@ class ShadowSender:
             logger.error("no window for a shadow: %s", error)
             return
         self._session = name
-        socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
-        socket.setsockopt(zmq.LINGER, 0)
-        socket.connect(target.endpoint)
-        self._socket = socket
+        self._socket = dial(target.endpoint)
         self._say(
             Hello(
                 session=name,
