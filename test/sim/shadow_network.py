@@ -1,4 +1,4 @@
-"""What lies between the ranks of `shadow_sim`: clock, sockets and windows that do all that real ones may do, and worse."""
+"""Between the ranks of `shadow_sim`: clock, sockets and windows that do all that real ones may do, and worse."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import itertools
 from collections import deque
 from collections.abc import Callable
 
+import msgspec
 import numpy as np
 import zmq
 from faults import Faults
 
+from sglang_kevlar.protocol.shadow import Parcel
 from sglang_kevlar.transport import TransportError
 
 #: messages that a socket keeps for a reader that does not read
@@ -36,6 +38,9 @@ class Network:
         self.stores: dict[str, StoreSocket] = {}
         #: pairs (from, to) of groups between which nothing passes; one way
         self.cut: set[tuple[int, int]] = set()
+        #: first blocks whose frame was damaged: their name cannot be checked by the store, and they may have arrived
+        #: under one that nobody asks for
+        self.renamed: set[bytes] = set()
         self._way: list[tuple[float, int, Callable[[], None]]] = []
         #: when the last message of a way arrives, if it was held up
         self._last: dict[tuple[int, int], float] = {}
@@ -47,15 +52,15 @@ class Network:
         if way in self.cut:
             return
         faults, late = self.faults, 0.0
-        if faults.strike(f"{kind} lost", 0.01):
+        if faults.strike(f"{kind} lost", 0.015):
             return
         if faults.strike(f"{kind} cut short", 0.004):
             data = data[: faults.random.randrange(len(data))]
-        if faults.strike(f"{kind} delayed", 0.15):
+        if faults.strike(f"{kind} delayed", 0.3):
             late = faults.random.choice([0.06, 0.06, 0.2, 1.0])
-        if faults.strike(f"{kind} doubled", 0.01):
+        if faults.strike(f"{kind} doubled", 0.015):
             self.later(late + faults.random.choice([0.0, 0.3, 12.0]), lambda: arrive(data))
-        if faults.strike(f"{kind} overtaken", 0.01):
+        if faults.strike(f"{kind} overtaken", 0.015):
             late += 0.3
             self.later(late, lambda: arrive(data))
         else:
@@ -103,6 +108,7 @@ class StoreSocket:
         if peer is None or peer.closed:
             return
         if len(peer.inbox) >= HIGH_WATER:
+            self.network.faults.counts["answer dropped at high water"] += 1
             return
         self.network.post((self.group, peer.group), frames[1], peer.arrive, "answer")
 
@@ -121,12 +127,16 @@ class SourceSocket:
     def send(self, data: bytes, flags: int) -> None:
         store = self.network.stores.get(self.endpoint)
         if self.unread >= HIGH_WATER:
+            self.network.faults.counts["store does not read"] += 1
             raise zmq.Again
         if store is None:
             return
         faults = self.network.faults
         # Of parcels alone: what a hello says of itself is no more checked than on any other network.
         if b"parcel" in data[:24] and faults.strike("frame damaged", 0.004):
+            parcel = msgspec.msgpack.decode(data, type=Parcel)
+            if parcel.parent is None:
+                self.network.renamed.add(parcel.keys[0])
             at = faults.random.randrange(len(data))
             data = data[:at] + bytes([data[at] ^ (1 << faults.random.randrange(8))]) + data[at + 1 :]
 
@@ -151,7 +161,7 @@ class SourceSocket:
 
 
 class Windows:
-    """A transport whose ends are different memory, as with Mooncake: a write may fail, be lost, be damaged, come late."""
+    """A transport whose ends are different memory, as with Mooncake: writes fail, are lost or damaged, come late."""
 
     def __init__(self, network: Network) -> None:
         self._network = network

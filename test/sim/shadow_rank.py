@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from shadow_pool import BLOCK, LAYOUT, Node, Pool, Tree, first_kv, kv_of
 
-from frontend_fakes import tokenized
-from shadow_pool import BLOCK, LAYOUT, Node, Pool, Tree, as_block, first_kv, kv_of
+import frontend_fakes  # noqa: F401  (before sglang)
 from sglang_kevlar.control.shadow_index import Origin
-from sglang_kevlar.control.shadow_keys import KeyChain, root_key
 from sglang_kevlar.shadow.lookup import PromoteReq
 from sglang_kevlar.shadow.rank import Place, RankShadow
 from sglang_kevlar.worker.resume import ShadowPlanReq

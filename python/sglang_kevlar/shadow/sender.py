@@ -133,6 +133,8 @@ class ShadowSender:
         self._opened_at = self._progress_at = 0.0
         self._wrong_at = -2 * PAUSE
         self._sent_sequence = 0
+        #: acknowledgements of this session that have come
+        self._acknowledgements = 0
         #: parcels that are not acknowledged, and when their KV was copied
         self._unacknowledged: deque[tuple[int, float]] = deque()
         #: when the next parcel may go
@@ -322,7 +324,7 @@ class ShadowSender:
                     self._counters.resyncs += 1
                     self._close_socket()
                     continue
-                self._sent_sequence = 0
+                self._sent_sequence = self._acknowledgements = 0
                 self._unacknowledged.clear()
                 self.link = ShadowLink(self.window_bytes, message.held)
                 self._counters.to, self._counters.linked = (target.group, target.epoch), True
@@ -333,6 +335,11 @@ class ShadowSender:
             elif isinstance(message, Resync) and message.session == self._session:
                 self._start_over(message.reason)
             elif isinstance(message, Ack) and message.session == self._session and self.link is not None:
+                if message.number != self._acknowledgements:
+                    # ZMQ drops answers to a peer that reads too slowly, and with one what it says is gone.
+                    self._start_over("an acknowledgement is missing")
+                    continue
+                self._acknowledgements += 1
                 self._counters.shadowed_tokens += self.link.acknowledge(message.sequence, message.gone)
                 while self._unacknowledged and self._unacknowledged[0][0] <= message.sequence:
                     self._unacknowledged.popleft()

@@ -63,6 +63,7 @@ class _Session:
     next_sequence: int = 0
     requests: set[bytes] = field(default_factory=set)
     acknowledge: bool = False
+    acknowledgements: int = 0
     gone: list[bytes] = field(default_factory=list)
 
 
@@ -255,7 +256,13 @@ class ShadowServer:
             session.gone += dropped
             if session.acknowledge or session.gone:
                 session.acknowledge = False
-                ack = Ack(session=session.hello.session, sequence=session.next_sequence - 1, gone=session.gone)
+                ack = Ack(
+                    session=session.hello.session,
+                    number=session.acknowledgements,
+                    sequence=session.next_sequence - 1,
+                    gone=session.gone,
+                )
+                session.acknowledgements += 1
                 session.gone = []
                 self._send(sender, ack)
         self._counters.store_tokens = len(self._store) * self._layout.block_tokens
