@@ -21,6 +21,7 @@ STEPS = 4000
 #: looks for which a process must be seen stopped before the grace can be over, however long our own pauses
 MIN_STOP_LOOKS = int(ARGS.stop_grace / MAX_TICK) + 2
 #: looks within which a stop or a hang must have been found
+FOR_GOOD = 10**9
 MAX_STOP_LOOKS = int(ARGS.stop_grace / OBSERVE_INTERVAL) + 3
 MAX_HANG_LOOKS = int(4 * 3.0 / OBSERVE_INTERVAL) + 20
 
@@ -30,8 +31,9 @@ class Process:
         self.name = name
         self.stopped_looks = 0  # looks it has been stopped for so far
         self.stop_for = 0  # looks it stays stopped; a large number is for good
-        self.hung_looks = 0
         self.hung = False
+        #: looks, while its group is in service, that found it stopped or hanging
+        self.stopped_in_service = self.hung_in_service = 0
         #: since it was last stopped
         self.seen_running = True
         self.starved = False
@@ -113,7 +115,8 @@ class Sim:
             assert any(p.stopped_looks >= MIN_STOP_LOOKS for p in processes)
         elif event.kind == "hang":
             assert group.epoch == event.epoch
-            assert any(p.hung for p in processes)
+            # One that is stopped for good may be found by its deadline first.
+            assert any(p.hung or p.stop_for >= FOR_GOOD for p in processes)
         elif event.kind == "report":
             assert group.epoch > event.epoch or group.phase == "down"
         else:
@@ -154,11 +157,10 @@ class Sim:
         # It was seen to run since it was last stopped, or two short stops would be one to any observer.
         if p.seen_running and self.faults.strike("stopped", 0.01):
             p.seen_running = False
-            p.stop_for = self.random.choice([1, 2, MIN_STOP_LOOKS - 1, 10**9] if self.chance(0.1) else [1, 2])
+            p.stop_for = self.random.choice([1, 2, MIN_STOP_LOOKS - 1, FOR_GOOD] if self.chance(0.1) else [1, 2])
             p.stopped_looks = 1
             return
         if p.hung:
-            p.hung_looks += 1
             return
         p.left -= ran * (0.3 if p.starved else 1.0)
         p.cpu += ran * (1.0 if p.starved else 0.5)
@@ -174,7 +176,6 @@ class Sim:
             ns = int(self.now * 1e9)
             p.beat = Heartbeat(phase, tokens, ns, ns, p.beat.steps + 1)
             p.hung = phase is Phase.FORWARD and self.faults.strike("hang", 0.003)
-            p.hung_looks = 0
 
     def die(self, group: SimGroup) -> None:
         self.died.add((group.id, group.epoch))
@@ -250,8 +251,10 @@ class Sim:
         if (group.id, group.epoch) not in self.ready - set(self.lost):
             return
         for p in group.processes.values():
-            assert p.stopped_looks <= 2 * MAX_STOP_LOOKS, f"{p.name} of group {group.id} stopped and not found"
-            assert p.hung_looks <= 2 * MAX_HANG_LOOKS, f"{p.name} of group {group.id} hangs and was not found"
+            p.stopped_in_service = p.stopped_in_service + 1 if p.stop_for else 0
+            p.hung_in_service = p.hung_in_service + 1 if p.hung else 0
+            assert p.stopped_in_service <= 2 * MAX_STOP_LOOKS, f"{p.name} of group {group.id} stopped and not found"
+            assert p.hung_in_service <= 2 * MAX_HANG_LOOKS, f"{p.name} of group {group.id} hangs and was not found"
 
 
 def simulate(seed: int, only: frozenset[str] | None = None, steps: int = STEPS) -> Sim:
