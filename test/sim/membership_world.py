@@ -170,8 +170,9 @@ class Sim:
             tokens = 0 if phase is Phase.IDLE else tokens  # idling has no tokens
             limit = ARGS.hang_timeout + tokens / 1000
             p.starved = self.faults.strike("slow", 0.2)
-            # Starved ones take 3.3 times as long and are given 4 times, less what they are stopped or not yet sampled.
-            longest = limit * (0.6 if p.starved else 0.9)
+            # Starved ones take 3.3 times as long and are given 4 times, less what they are stopped (often, in some
+            # seeds) or not yet sampled.
+            longest = limit * (0.45 if p.starved else 0.75)
             p.left = self.random.uniform(0, longest if self.chance(0.3) else 0.2)
             ns = int(self.now * 1e9)
             p.beat = Heartbeat(phase, tokens, ns, ns, p.beat.steps + 1)
