@@ -16,7 +16,7 @@ from failover_world import STEPS, simulate
 from frontend_fakes import (
     FakeChannel,
 )
-from sglang_kevlar.control.admission import HoldQueue
+from sglang_kevlar.control.admission import Held, HoldQueue
 from sglang_kevlar.control.journal import Entry, Journal
 from sglang_kevlar.frontend import failover as failover_module
 from sglang_kevlar.frontend.failover import Failover
@@ -149,3 +149,32 @@ def test_new_requests_before_redirected_ones_are_noticed(monkeypatch):
 
     monkeypatch.setattr(HoldQueue, "first", first)
     caught("goes before redirected|redirected request waits")
+
+
+def test_an_answer_under_two_weight_versions_is_noticed(monkeypatch):
+    real = Journal.refusal
+
+    def refusal(self: Journal, entry: Entry) -> Any:
+        refused = real(self, entry)
+        return None if refused is not None and refused.kind == "weights" else refused
+
+    monkeypatch.setattr(Journal, "refusal", refusal)
+    caught("continues across weights", seeds=100)
+
+
+def test_a_request_that_waits_for_ever_is_noticed(monkeypatch):
+    monkeypatch.setattr(HoldQueue, "expired", lambda self, now: [])
+    caught("beyond its time")
+
+
+def test_a_hold_queue_without_a_bound_is_noticed(monkeypatch):
+    real = HoldQueue.hold
+
+    def hold(self: HoldQueue, rid: str, now: float, redirected: bool) -> bool:
+        if real(self, rid, now, redirected):
+            return True
+        self._new[rid] = Held(rid, deadline=now + 1.0, since=now)
+        return True
+
+    monkeypatch.setattr(HoldQueue, "hold", hold)
+    caught("too many wait")
