@@ -78,6 +78,8 @@ class Sim(Host):
         self.ends: dict[str, int] = {}
         self._actor = actor
         self.steps = STEPS
+        #: seconds until the next step
+        self.pause = 0.0
 
     # -- surroundings of the actor
 
@@ -270,6 +272,7 @@ class Sim(Host):
 
     def step(self) -> None:
         self.faults.next_step()
+        self.pause = self.random.choice([0, 0, 0, 0.01, 0.1])
         self.count += 1
         if self.faults.event("request", 0.3):
             self.submit()
@@ -368,7 +371,7 @@ class Sim(Host):
 
     async def one(self, running: asyncio.Task[None]) -> None:
         self.step()
-        await asyncio.sleep(self.random.choice([0, 0, 0, 0.01, 0.1]))
+        await asyncio.sleep(self.pause)
         if running.done():
             running.result()
         if not self.failover._turn.locked():
