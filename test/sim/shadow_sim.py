@@ -140,6 +140,8 @@ class ShadowWorld:
         self.weights += 1
         for rank in self.ranks.values():
             rank.inbox.append(("weights", self.weights))
+            if self.faults.event("request behind an update", 0.7):
+                self.new_request(rank)
 
     def misfortunes(self) -> None:
         strike, draw = self.faults.strike, self.faults.random
