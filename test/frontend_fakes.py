@@ -115,7 +115,7 @@ class FakeChannel:
             self._waiter.set_result(None)
 
     async def arrival(self) -> None:
-        while not self.inbox:
+        while not self.inbox and not self.closed:
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
 

@@ -45,6 +45,8 @@ class Client:
     continuable: bool
     poison: bool
     answer: list[int]  # the oracle's, whole
+    #: when it was last given a token, or a group
+    moved_at: float
     outcome: RequestOutcome | None = None
     tokens: list[int] = field(default_factory=list)
     text: str = ""
@@ -76,6 +78,10 @@ class SimGroup:
         self.output: deque[tuple[float, Any]] = deque()
         self.weights = 0
         self.hung = 0  # steps; 0: it is not
+        #: steps for which nothing reaches it, and nothing of it arrives: a partition of one way each
+        self.deaf = self.mute = 0
+        #: steps in which it makes no token
+        self.slow = 0
         self.channel: FakeChannel | None = None
         self.suspect = False
         self.plan: ShadowPlanReq | None = None
@@ -93,7 +99,7 @@ class SimGroup:
         self.sim.dispatch(self.sim.membership.on_report(report, self.sim.loop.now))
 
     def step(self) -> None:
-        chance = self.sim.chance
+        chance, strike = self.sim.faults.chance, self.sim.faults.strike
         if self.phase != "ready":
             self.wait -= 1
             if self.wait <= 0 and self.phase == "down":
@@ -101,20 +107,30 @@ class SimGroup:
                 self.epoch += 1
                 self.phase, self.wait = "starting", self.sim.random.randrange(1, 8)
                 self.report("starting")
+            elif self.phase == "starting" and strike("crash while starting", 0.02):
+                self.sim.die(self)
             elif self.wait <= 0:
                 self.phase = "ready"
                 self.report("ready")
             return
         if self.hung:
             self.hung -= 1
-            if not self.hung and chance(0.7) and self.sim.faults:
+            if not self.hung and self.sim.faults.event("hang found", 0.7):
                 self.sim.lose(self, "hang")
         else:
-            self.read()
+            if self.deaf:
+                self.deaf -= 1
+            else:
+                self.read()
             if self.phase == "ready":
                 self.generate()
-        self.arrive()
-        if self.suspect != bool(self.hung) and chance(0.5) and self.phase == "ready":
+        self.slow = max(0, self.slow - 1)
+        if self.mute:
+            self.mute -= 1
+        else:
+            self.arrive()
+        change = self.suspect != bool(self.hung) and chance(0.5)
+        if self.phase == "ready" and (change or strike("false suspicion", 0.01)):
             self.suspect = not self.suspect
             event = GroupSuspect(self.id, self.epoch, "sim") if self.suspect else GroupTrusted(self.id, self.epoch)
             self.sim.dispatch([event])
@@ -147,7 +163,7 @@ class SimGroup:
             assert client.continuable
             run.position = len(message.resume.output_ids)
         self.send(StartedReqOutput(rid=message.rid, recomputed_tokens=run.position))
-        if client.poison:
+        if client.poison or (run.position and self.sim.faults.strike("crash while resuming", 0.03)):
             self.sim.die(self)
         else:
             self.runs[run.wire] = run
@@ -155,7 +171,7 @@ class SimGroup:
     def generate(self) -> None:
         rows = []
         for run in list(self.runs.values()):
-            if self.sim.chance(0.3):
+            if self.slow or self.sim.faults.chance(0.3):
                 continue
             first = run.position
             run.position = min(run.client.max_new, first + self.sim.random.randrange(1, 4))
@@ -168,7 +184,7 @@ class SimGroup:
             made = (self.weights * MAKER + self.maker) * BASE
             tokens = [made + token for token in run.client.answer[first : run.position]]
             reason: dict[str, Any] | None = {"type": "length"} if done else None
-            if reason is None and self.sim.faults and self.sim.chance(0.0005):
+            if reason is None and self.sim.faults.strike("internal error", 0.001):
                 reason = {"type": "abort", "status_code": 500, "message": "internal"}
             if reason is not None:
                 del self.runs[run.wire]
@@ -177,19 +193,24 @@ class SimGroup:
             self.send(str_batch(*rows))
 
     def send(self, message: Any) -> None:
-        self.output.append((self.sim.loop.now + self.sim.random.choice([0, 0, 0.01, 0.2]), message))
+        late = 0.0
+        if self.sim.faults.strike("output delayed", 0.4):
+            late = self.sim.random.choice([0.01, 0.2, 0.2, 1.0])
+        self.output.append((self.sim.loop.now + late, message))
 
     def arrive(self) -> None:
         while self.channel is not None and self.output and self.output[0][0] <= self.sim.loop.now:
             message = self.output.popleft()[1]
             self.sim.count += 1
-            if isinstance(message, BatchStrOutput) and self.sim.chance(0.05):
+            if isinstance(message, BatchStrOutput) and self.sim.faults.chance(0.05):
                 self.sim.stray.append((list(message.rids), message))
             self.channel.put(message)
 
     def end_epoch(self) -> None:
         """The processes are dead; of what they had sent, some has arrived."""
-        for _ in range(self.sim.random.randrange(len(self.output) + 1)):
+        arrived = self.sim.random.randrange(len(self.output) + 1)
+        self.sim.faults.counts["output lost at a death"] += len(self.output) - arrived
+        for _ in range(arrived):
             if self.channel is not None:
                 self.channel.put(self.output.popleft()[1])
         self.clear()

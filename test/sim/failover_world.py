@@ -8,11 +8,11 @@ reaches a client can be judged. Time is virtual, every choice is drawn from the 
 from __future__ import annotations
 
 import asyncio
-import random
 from typing import Any
+from unittest.mock import patch
 
-import pytest
 from failover_groups import BASE, MAKER, Client, SimGroup, oracle, text_of
+from faults import Faults
 
 from frontend_fakes import (
     AbortReq,
@@ -41,6 +41,8 @@ from sglang_kevlar.worker.resume import ResumedGenerateReqInput
 STEPS = 500
 #: virtual seconds in which everything has to end once nothing fails any more
 QUIET = 60.0
+#: virtual seconds within which a request moves while a group serves and all answer
+PATIENCE = 5.0
 
 
 class CheckedEvents(FailoverEvents):
@@ -55,9 +57,9 @@ class CheckedEvents(FailoverEvents):
 class Sim(Host):
     """The world: groups, clients, and the frontend's surroundings (Host, monitor, channels)."""
 
-    def __init__(self, seed: int, actor: type[Failover] = Failover) -> None:
-        self.seed = seed
-        self.random = random.Random(seed)
+    def __init__(self, seed: int, actor: type[Failover] = Failover, only: frozenset[str] | None = None) -> None:
+        self.faults = Faults(seed, only)
+        self.random = self.faults.random
         self.loop = VirtualLoop()
         standbys = self.random.randrange(2)
         self.args = KevlarArgs(worker_groups=3, standby_groups=standbys, hold_timeout=2.0, hold_queue=8)
@@ -69,11 +71,15 @@ class Sim(Host):
         self.stray: list[tuple[list[str], BatchStrOutput]] = []
         self.nowhere: set[str] = set()
         self.weights = 0
-        self.faults = True
+        #: since when no group has been slow to answer, and no clock jumped
+        self.well_since = self.served_since = self.loop.now
         self.count = 0
         self.trace: list[str] = []
         self.ends: dict[str, int] = {}
         self._actor = actor
+        self.steps = STEPS
+        #: seconds until the next step
+        self.pause = 0.0
 
     # -- surroundings of the actor
 
@@ -84,12 +90,14 @@ class Sim(Host):
 
     async def connected(self, channel: FakeChannel) -> bool:
         await asyncio.sleep(self.random.choice([0, 0.01, 0.1]))
-        return not self.faults or not self.chance(0.02)
+        return not self.faults.strike("does not connect", 0.02)
 
     def sent(self, channel: FakeChannel, message: Any) -> None:
         group = self.groups[channel.group]
         if group.epoch != channel.epoch:
             return
+        if (rid := getattr(message, "rid", None)) and "~" in rid and not isinstance(message, AbortReq):
+            self.client_of(rid).moved_at = self.loop.now
         if isinstance(message, ResumedGenerateReqInput):
             assert message.resume is not None
             client = self.client_of(message.rid)
@@ -102,7 +110,7 @@ class Sim(Host):
             known = self.weights
             self.failover.send(channel, ("weights", known))
             await asyncio.sleep(self.random.choice([0, 0, 0.1]))
-        return "sim" if self.faults and self.chance(0.01) else None
+        return "sim" if self.faults.strike("cannot be brought up to date", 0.02) else None
 
     async def deliver(self, batch: BatchStrOutput) -> None:  # type: ignore[override]
         for i, rid in enumerate(batch.rids):
@@ -114,6 +122,7 @@ class Sim(Host):
             makers = {token // BASE % MAKER for token in tokens}
             assert not makers & self.fenced, f"{rid} was given a token of a fenced attempt"
             client.tokens += tokens
+            client.moved_at = self.loop.now
             client.text += batch.output_strs[i]
             assert [t % BASE for t in client.tokens] == client.answer[: len(client.tokens)], f"{rid}: other tokens"
             assert text_of(client.answer).startswith(client.text), f"{rid}: other text"
@@ -123,9 +132,9 @@ class Sim(Host):
                     assert len(client.tokens) == client.max_new, f"{rid} finished early"
                     assert client.text == text_of(client.answer), f"{rid}: text is missing"
                 self.ended(client, reason["type"])
-            if self.chance(0.2):
+            if self.faults.chance(0.2):
                 await asyncio.sleep(0)
-                if self.chance(0.1):  # a client that is done uses its id again at once
+                if self.faults.event("same id again", 0.1):  # a client that is done uses its id again at once
                     self.submit(next((c for c in self.clients.values() if c.end is not None), None))
 
     def finish_aborted(self, abort: AbortReq) -> None:
@@ -182,9 +191,6 @@ class Sim(Host):
 
     # -- what happens
 
-    def chance(self, p: float) -> bool:
-        return self.random.random() < p
-
     def client_of(self, wire: str) -> Client:
         return self.clients[wire.split("~")[0]]
 
@@ -193,67 +199,91 @@ class Sim(Host):
         if rid in self.open:
             return
         max_new = self.random.randrange(1, 40)
-        client = Client(rid, max_new, self.chance(0.9), self.chance(0.01), [oracle(rid, k) for k in range(max_new)])
+        poison = not self.faults.over and self.faults.chance(0.01)
+        answer = [oracle(rid, k) for k in range(max_new)]
+        client = Client(rid, max_new, self.faults.chance(0.9), poison, answer, self.loop.now)
         client.outcome = outcome
         prompt = [self.random.randrange(3)] * self.random.choice([1, 10, 70, 130])
         hidden = {} if client.continuable else {"return_hidden_states": True}
         self.clients[rid] = self.open[rid] = client
         self.failover.submit(tokenized(rid, prompt, max_new, **hidden), outcome)
 
-    def fault(self) -> None:
-        group = self.random.choice(self.groups)
-        ready = group.phase == "ready"
-        kind = self.random.choice(
-            ["die", "die", "die", "hang", "hang", "restart", "drain", "weights", "full", "again", "outage"]
-        )
-        self.trace.append(f"{self.loop.now:10.2f} {kind} {group.id}")
-        if kind == "die" and group.phase != "down":
-            self.die(group)
-        elif kind == "again" and ready:  # its own supervisor says so first
-            group.end_epoch()
-            group.report("down")
-        elif kind == "hang" and ready:
-            group.hung = self.random.randrange(2, 12)
-        elif kind == "outage" and self.chance(0.3):
+    def misfortunes(self) -> None:
+        for group in self.groups:
+            self.strike_group(group)
+        strike = self.strike
+        if strike("all groups die", 0.001):
             for other in [group for group in self.groups if group.phase != "down"]:
                 self.die(other)
             for other in self.groups:
                 other.wait = self.random.randrange(100, 200)
-        elif kind == "restart" and ready:
-            self.membership.undrain(group.id)
-            self.lose(group, "operator")
-        elif kind == "drain":
-            self.membership.drain(group.id)
-            self.failover.route()
-        elif kind == "full" and group.channel is not None:
-            group.channel.full = True
-        elif kind == "weights" and self.chance(0.3):
+        if strike("weight update", 0.004):
             self.weights += 1
             self.failover.journal.weights += 1
             self.failover.plan_shadows(content="")
             for channel in [c for c in self.failover.channels.values() if c.up_to_date]:
                 self.failover.send(channel, ("weights", self.weights))
             self.failover.plan_shadows()
+        if strike("clock jumps", 0.01):
+            self.loop.now += self.random.choice([0.5, 3.0, 100.0])
+            self.well_since = self.loop.now
+        if self.open and strike("abort", 0.03):
+            self.abort(self.random.choice(list(self.open.values())))
+        if strike("abort of all", 0.002):
+            for client in self.open.values():
+                client.aborted = True
+            self.failover.abort(AbortReq(abort_all=True))
+        if self.stray:
+            self.inject()
+
+    def strike_group(self, group: SimGroup) -> None:
+        strike, draw = self.strike, self.random
+        ready = group.phase == "ready"
+        if group.phase != "down" and strike("crash", 0.005, group):
+            self.die(group)
+        elif ready and strike("supervisor reports a crash first", 0.002, group):
+            group.end_epoch()
+            group.report("down")
+        elif ready and strike("restart by the operator", 0.002, group):
+            self.membership.undrain(group.id)
+            self.lose(group, "operator")
+        elif ready and strike("hang", 0.004, group):
+            group.hung = draw.randrange(2, 12)
+        elif ready and strike("slow", 0.03, group):
+            group.slow = draw.randrange(2, 12)
+        elif ready and strike("partition towards the group", 0.005, group):
+            group.deaf = draw.randrange(2, 20)
+        elif ready and strike("partition towards the frontend", 0.005, group):
+            group.mute = draw.randrange(2, 20)
+        elif group.channel is not None and strike("input full", 0.001, group):
+            group.channel.full = True
+        if strike("drain", 0.002, group):
+            if self.membership.group(group.id).draining:
+                self.membership.undrain(group.id)
+            else:
+                self.membership.drain(group.id)
+            self.failover.route()
+
+    def strike(self, kind: str, probability: float, group: SimGroup | None = None) -> bool:
+        struck = self.faults.strike(kind, probability)
+        if struck:
+            self.trace.append(f"{self.loop.now:10.2f} {kind} {'' if group is None else group.id}")
+        return struck
 
     def step(self) -> None:
+        self.faults.next_step()
+        self.pause = self.random.choice([0, 0, 0, 0.01, 0.1])
         self.count += 1
-        if self.faults:
-            if self.chance(0.3):
-                self.submit()
-            if self.chance(0.03):
-                outcome = RequestOutcome()
-                for _ in range(3):
-                    self.submit(outcome=outcome)
-            if self.chance(0.04):
-                self.fault()
-            if self.open and self.chance(0.03):
-                self.abort(self.random.choice(list(self.open.values())))
-            if self.chance(0.002):
-                for client in self.open.values():
-                    client.aborted = True
-                self.failover.abort(AbortReq(abort_all=True))
-            if self.stray and self.chance(0.05):
-                self.inject()
+        if self.faults.event("request", 0.3):
+            self.submit()
+        if self.faults.event("batch", 0.03):
+            outcome = RequestOutcome()
+            for _ in range(3):
+                self.submit(outcome=outcome)
+        if not self.faults.over:
+            self.misfortunes()
+        if any(group.hung or group.deaf or group.mute for group in self.groups):
+            self.well_since = self.loop.now
         for group in self.groups:
             group.step()
 
@@ -266,7 +296,7 @@ class Sim(Host):
         rids, message = self.random.choice(self.stray)
         live = {request.entry.attempt.wire_rid for request in self.failover.requests.values() if request.entry.attempt}
         channels = [channel for channel in self.failover.channels.values() if channel.up_to_date]
-        if channels and not live & set(rids):
+        if channels and not live & set(rids) and self.strike("output of a fenced attempt", 0.1):
             rows = zip(rids, message.output_ids, message.output_strs, message.finished_reasons, strict=True)
             self.random.choice(channels).put(str_batch(*[(r, list(ids), s, f) for r, ids, s, f in rows]))
 
@@ -295,13 +325,29 @@ class Sim(Host):
         assert self.open.keys() <= actor.requests.keys(), "a client waits for a request that nobody has"
         for group, load in actor.router.groups.items():
             assert load.requests == per_group.get((group, load.epoch), 0)
-        assert len(actor.hold._new) <= self.args.hold_queue
+        assert len(actor.hold._new) <= self.args.hold_queue, "too many wait"
         for held_request in [*actor.hold._new.values(), *actor.hold._redirected.values()]:
-            assert held_request.deadline > now - 1, f"{held_request.rid} is held beyond its time"
+            late = held_request.deadline <= now - 1 and self.well_since <= now - 1
+            assert not late, f"{held_request.rid} is held beyond its time"
+        self.check_bounds(now)
         if actor.router.groups:
             assert not actor.hold._redirected, "a redirected request waits while a group serves"
             if len(actor.router.groups) >= actor._active_groups:
                 assert not actor.hold._new, "a request waits while all groups serve"
+
+    def check_bounds(self, now: float) -> None:
+        actor = self.failover
+        assert len(actor.hold._redirected) <= len(actor.requests) == len(actor.journal)
+        assert actor.redirected <= actor.requests.keys()
+        # Those of channels that were closed a moment ago still end.
+        assert len(actor._tasks) <= 20 * len(self.groups), "tasks pile up"
+        assert actor._inbox.qsize() <= 100, "events pile up"
+        if actor.router.groups:
+            since = max(self.well_since, self.served_since)
+            for client in self.open.values():
+                assert now - max(since, client.moved_at) < PATIENCE, f"{client.rid}: nothing happens"
+        else:
+            self.served_since = now
 
     async def main(self) -> None:
         events = CheckedEvents(NoMetrics(), self.loop.time, self.loop.time)
@@ -313,7 +359,7 @@ class Sim(Host):
         )  # type: ignore[arg-type]  # fmt: skip
         running = self.loop.create_task(self.failover.run())
         try:
-            for _ in range(STEPS):
+            for _ in range(self.steps):
                 await self.one(running)
             await self.quiet(running)
         finally:
@@ -325,7 +371,7 @@ class Sim(Host):
 
     async def one(self, running: asyncio.Task[None]) -> None:
         self.step()
-        await asyncio.sleep(self.random.choice([0, 0, 0, 0.01, 0.1]))
+        await asyncio.sleep(self.pause)
         if running.done():
             running.result()
         if not self.failover._turn.locked():
@@ -333,7 +379,7 @@ class Sim(Host):
 
     async def quiet(self, running: asyncio.Task[None]) -> None:
         """Nothing fails any more: every request comes to its end, and every group serves."""
-        self.faults = False
+        self.faults.over = True
         for group in self.groups:
             self.membership.undrain(group.id)
         self.failover.route()
@@ -344,6 +390,8 @@ class Sim(Host):
         assert not self.open, f"never ended: {list(self.open)}"
         assert not self.failover.requests and not len(self.failover.hold) and not len(self.failover.journal)
         assert len(self.failover.router.groups) == self.failover._active_groups
+        await asyncio.sleep(1.0)
+        assert len(actor._tasks) <= 2 * len(self.groups), "tasks of closed channels are left"
         for group in self.groups:
             group.read()
         if all(group.phase == "ready" for group in self.groups):
@@ -353,16 +401,17 @@ class Sim(Host):
                 assert plan.target is not None and self.groups[plan.target[0]].epoch == plan.target[1]
 
 
-def simulate(seed: int, monkeypatch: pytest.MonkeyPatch, actor: type[Failover] = Failover) -> Sim:
-    return run(Sim(seed, actor), monkeypatch)
-
-
-def run(sim: Sim, monkeypatch: pytest.MonkeyPatch) -> Sim:
-    monkeypatch.setattr(failover_module, "GroupChannel", FakeChannel)
-    monkeypatch.setattr(failover_module, "time", sim.loop)
-    try:
-        run_virtual(sim.loop, sim.main())
-    except BaseException as error:
-        error.add_note(f"KEVLAR_SIM_SEED={sim.seed}")
-        raise
+def simulate(
+    seed: int, only: frozenset[str] | None = None, steps: int = STEPS, actor: type[Failover] = Failover
+) -> Sim:
+    """Raises AssertionError, with the world in the error's ``world``."""
+    sim = Sim(seed, actor, only)
+    sim.steps = steps
+    with patch.object(failover_module, "GroupChannel", FakeChannel), patch.object(failover_module, "time", sim.loop):
+        try:
+            run_virtual(sim.loop, sim.main())
+        except BaseException as error:
+            error.add_note(f"seed {seed}, step {sim.faults.step}")
+            error.world = sim  # type: ignore[attr-defined]
+            raise
     return sim

@@ -1,28 +1,29 @@
 """The frontend's real actor, journal, router, hold queue and membership, in the simulated world of `failover_world`.
 
-Replay one run with ``KEVLAR_SIM_SEED=n pytest test/sim/test_failover_sim.py -k replay -s``.
+Replay one run with ``python test/sim/run.py --world failover --seed N``.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import re
+import secrets
 from typing import Any
 
 import pytest
-from failover_world import STEPS, Sim, run, simulate
+from failover_world import STEPS, simulate
 
 from frontend_fakes import (
     FakeChannel,
 )
-from sglang_kevlar.control.admission import HoldQueue
+from sglang_kevlar.control.admission import Held, HoldQueue
 from sglang_kevlar.control.journal import Entry, Journal
 from sglang_kevlar.frontend import failover as failover_module
 from sglang_kevlar.frontend.failover import Failover
 from sglang_kevlar.frontend.in_flight import InFlight
 
-SEEDS = 240
+SEEDS = 100
+FRESH = 20
 
 
 @pytest.fixture(autouse=True)
@@ -32,10 +33,10 @@ def quiet_log():
     logging.disable(logging.NOTSET)
 
 
-def test_clients_get_exactly_their_answers(monkeypatch):
+def test_clients_get_exactly_their_answers():
     ends: dict[str, int] = {}
     for seed in range(SEEDS):
-        sim = simulate(seed, monkeypatch)
+        sim = simulate(seed)
         assert sim.count > STEPS
         for how, times in sim.ends.items():
             ends[how] = ends.get(how, 0) + times
@@ -44,27 +45,25 @@ def test_clients_get_exactly_their_answers(monkeypatch):
     assert ends["length"] > sum(ends.values()) / 2, ends
 
 
-def test_a_seed_replays(monkeypatch):
-    first, second = simulate(3, monkeypatch), simulate(3, monkeypatch)
+def test_a_seed_replays():
+    first, second = simulate(3), simulate(3)
     assert first.trace == second.trace and first.ends == second.ends
 
 
-@pytest.mark.skipif("KEVLAR_SIM_SEED" not in os.environ, reason="KEVLAR_SIM_SEED not set")
-def test_replay(monkeypatch):
-    sim = Sim(int(os.environ["KEVLAR_SIM_SEED"]))
-    try:
-        run(sim, monkeypatch)
-    finally:
-        print("\n".join(sim.trace))
+def test_fresh_seeds():
+    first = secrets.randbelow(10**9)
+    print(f"seeds {first} to {first + FRESH - 1}")
+    for seed in range(first, first + FRESH):
+        simulate(seed)
 
 
 # What the invariants are worth: each of these frontends is broken in one place, and must be found out.
 
 
-def caught(monkeypatch: pytest.MonkeyPatch, match: str, actor: type[Failover] = Failover, seeds: int = 40) -> None:
+def caught(match: str, actor: type[Failover] = Failover, seeds: int = 40) -> None:
     for seed in range(seeds):
         try:
-            simulate(seed, monkeypatch, actor)
+            simulate(seed, actor=actor)
         except AssertionError as error:
             assert re.search(match, str(error)), error
             return
@@ -77,7 +76,7 @@ def test_a_missing_fence_is_noticed(monkeypatch):
         return entry if entry is not None and entry.attempt is not None else None
 
     monkeypatch.setattr(Journal, "accept", accept)
-    caught(monkeypatch, "fenced attempt|other tokens|which ended|other text")
+    caught("fenced attempt|other tokens|which ended|other text|that nobody has")
 
 
 def test_a_message_handled_twice_is_noticed(monkeypatch):
@@ -101,7 +100,7 @@ def test_a_message_handled_twice_is_noticed(monkeypatch):
         batch.rids = wires
 
     monkeypatch.setattr(Failover, "_outputs", outputs)
-    caught(monkeypatch, "other tokens")
+    caught("other tokens")
 
 
 def test_a_resume_one_token_late_is_noticed(monkeypatch):
@@ -112,7 +111,7 @@ def test_a_resume_one_token_late_is_noticed(monkeypatch):
         return state and type(state)(output_ids=[*state.output_ids, state.output_ids[-1]])
 
     monkeypatch.setattr(Entry, "resume_state", late)
-    caught(monkeypatch, "is not continued where its client is")
+    caught("is not continued where its client is")
 
 
 def test_a_forgotten_request_is_noticed(monkeypatch):
@@ -122,7 +121,7 @@ def test_a_forgotten_request_is_noticed(monkeypatch):
         return True if redirected and rid.endswith("7") else real(self, rid, now, redirected)
 
     monkeypatch.setattr(HoldQueue, "hold", hold)
-    caught(monkeypatch, "is forgotten")
+    caught("is forgotten")
 
 
 def test_a_message_overtaken_at_a_loss_is_noticed(monkeypatch):
@@ -136,12 +135,12 @@ def test_a_message_overtaken_at_a_loss_is_noticed(monkeypatch):
                         await self._handle(channel, message)
                         self._pump()
 
-    caught(monkeypatch, "other t", TakesFirst, seeds=200)
+    caught("other t", TakesFirst, seeds=200)
 
 
 def test_text_that_is_sent_again_is_noticed(monkeypatch):
     monkeypatch.setattr(InFlight, "new_text", lambda self, text, delivered: text)
-    caught(monkeypatch, "other text")
+    caught("other text")
 
 
 def test_new_requests_before_redirected_ones_are_noticed(monkeypatch):
@@ -149,4 +148,33 @@ def test_new_requests_before_redirected_ones_are_noticed(monkeypatch):
         return next((next(iter(queue.values())) for queue in (self._new, self._redirected) if queue), None)
 
     monkeypatch.setattr(HoldQueue, "first", first)
-    caught(monkeypatch, "goes before redirected|redirected request waits")
+    caught("goes before redirected|redirected request waits")
+
+
+def test_an_answer_under_two_weight_versions_is_noticed(monkeypatch):
+    real = Journal.refusal
+
+    def refusal(self: Journal, entry: Entry) -> Any:
+        refused = real(self, entry)
+        return None if refused is not None and refused.kind == "weights" else refused
+
+    monkeypatch.setattr(Journal, "refusal", refusal)
+    caught("continues across weights", seeds=100)
+
+
+def test_a_request_that_waits_for_ever_is_noticed(monkeypatch):
+    monkeypatch.setattr(HoldQueue, "expired", lambda self, now: [])
+    caught("beyond its time")
+
+
+def test_a_hold_queue_without_a_bound_is_noticed(monkeypatch):
+    real = HoldQueue.hold
+
+    def hold(self: HoldQueue, rid: str, now: float, redirected: bool) -> bool:
+        if real(self, rid, now, redirected):
+            return True
+        self._new[rid] = Held(rid, deadline=now + 1.0, since=now)
+        return True
+
+    monkeypatch.setattr(HoldQueue, "hold", hold)
+    caught("too many wait")

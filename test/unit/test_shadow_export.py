@@ -300,6 +300,23 @@ def test_what_waits_for_room_is_bounded_by_what_is_remembered(world: World) -> N
     assert world.counters.dropped_tokens == 20 * 64
 
 
+def test_a_target_that_keeps_nothing_of_a_finished_request_is_not_sent_it_for_ever(world: World) -> None:
+    world.sender.blocks = 0
+    req = world.request("a", list(range(160)), row=0)
+    world.prefill(req)
+    world.tree.cached[tuple(range(160))] = list(range(160))
+    world.decode(1, req, last=True)
+    world.sender.window_bytes = 4 * BLOCK * Rows.token_bytes
+    sent = 0
+    for _ in range(20):
+        world.sender.blocks = 4  # less than it is: it goes in parts
+        world.exporter.idle()
+        sent += len(world.sender.sent)
+        world.sender.lose(*list(world.sender.sent))
+    assert sent == 4 * (1 + SENT_AGAIN)
+    assert not world.exporter._behind and world.counters.dropped_tokens == 160
+
+
 def test_a_finished_request_of_which_the_target_lost_the_beginning_is_sent_whole(world: World) -> None:
     req = world.request("a", list(range(64)), row=0)
     world.prefill(req)

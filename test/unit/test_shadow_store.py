@@ -79,7 +79,8 @@ def test_what_is_put_is_read_also_when_the_source_overwrites_its_copy():
 
 def test_what_has_no_room_or_no_parent_is_said_to_be_missing():
     store = ShadowStore(4, BLOCK)
-    assert put(store, names("a", 3), parent=b"unknown") == names("a", 3)
+    # Its source believes that the parent is held.
+    assert put(store, names("a", 3), parent=b"unknown") == [b"unknown", *names("a", 3)]
     assert put(store, names("a", 3)) == [] and store.pin(names("a", 3), "t") == 3
     assert put(store, names("b", 3)) == [b"b1", b"b2"]
     assert store.take_dropped() == [], "what is pinned cannot be evicted, nor an own ancestor"

@@ -651,11 +651,11 @@ def test_an_older_epoch_is_refused_while_the_newer_is_there_and_after(world):
     newer, older = world.peer(store, epoch=5), world.peer(store, epoch=4)
     assert isinstance(newer.ask(newer.hello), Accept)
     keys = sequence(1, 2)
-    assert newer.ask(newer.parcel(keys, 0)) == Ack(session=newer.session, sequence=0, gone=[])
+    assert newer.ask(newer.parcel(keys, 0)) == Ack(session=newer.session, number=0, sequence=0, gone=[])
     refused = older.ask(older.hello)
     assert isinstance(refused, Refuse) and "epoch 5" in refused.reason
     older.say(older.parcel(sequence(2, 2), 0))
-    assert newer.ask(newer.parcel(keys[:1], 1)) == Ack(session=newer.session, sequence=1, gone=[])
+    assert newer.ask(newer.parcel(keys[:1], 1)) == Ack(session=newer.session, number=1, sequence=1, gone=[])
     assert store.has(sequence(2, 2)) == 0 and store.counters.rejected_frames == 2
     # The newer one's session ends, and until it is back, the older has no business here either.
     assert isinstance(newer.ask(newer.parcel(keys, 7)), Resync)

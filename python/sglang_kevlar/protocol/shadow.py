@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import msgspec
 
-SHADOW_VERSION = 3
+SHADOW_VERSION = 4
 
 
 class Layout(msgspec.Struct, frozen=True, kw_only=True):
@@ -102,6 +102,8 @@ class Ack(msgspec.Struct, frozen=True, kw_only=True, tag="ack"):
     """Everything up to ``sequence`` was taken in; ``gone``: keys that are not held (any more)."""
 
     session: str
+    #: counts the acknowledgements of the session: what one says is gone, the next does not repeat
+    number: int
     sequence: int
     gone: list[bytes]
 

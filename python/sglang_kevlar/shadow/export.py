@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 DECODE_INTERVAL = 8
 #: finished sequences remembered, to be sent to a new target
 FINISHED_KEPT = 1024
-#: how often a running request's KV is sent again after the target has lost some of it: a full store loses it anew
+#: how often a sequence's KV is sent again after the target has lost some of it: a full store loses it anew
 SENT_AGAIN = 2
 #: the least room worth a copy of finished sequences' KV, as a share of the window
 CATCH_UP_SHARE = 0.25
@@ -322,6 +322,12 @@ class Exporter:
             keys = sequence.chain.keys
             first = link.missing(keys, 0)
             if first == len(keys):
+                del self._behind[name]
+                continue
+            sequence.follow(link)
+            if not sequence.is_whole_at_target():
+                # A store full of what runs would be sent it for ever.
+                self._counters.dropped_tokens += (len(keys) - first) * self._block
                 del self._behind[name]
                 continue
             if room < min(len(keys) - first, self._least_room()):

@@ -67,7 +67,7 @@ class Piece:
     origin: tuple[str | None, str | None]
     request: bytes | None
     #: when it was copied, monotonic seconds
-    at: float = field(default_factory=time.monotonic)
+    at: float = field(default_factory=lambda: time.monotonic())
 
 
 @dataclass
@@ -84,6 +84,13 @@ class Target:
     group: int
     epoch: int
     endpoint: str
+
+
+def dial(endpoint: str) -> zmq.Socket[bytes]:
+    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.connect(endpoint)
+    return socket
 
 
 class ShadowSender:
@@ -126,6 +133,8 @@ class ShadowSender:
         self._opened_at = self._progress_at = 0.0
         self._wrong_at = -2 * PAUSE
         self._sent_sequence = 0
+        #: acknowledgements of this session that have come
+        self._acknowledgements = 0
         #: parcels that are not acknowledged, and when their KV was copied
         self._unacknowledged: deque[tuple[int, float]] = deque()
         #: when the next parcel may go
@@ -190,18 +199,16 @@ class ShadowSender:
     def _run(self) -> None:
         counted_at = 0.0
         while not self._stopping:
-            try:
-                self._step()
-            except Exception:
-                logger.exception("shadow sender: starting over")
-                self._disconnect()
+            self._wait()
+            if not self._guarded_step():
                 time.sleep(1)
             if time.monotonic() - counted_at >= COUNTERS_INTERVAL:
                 counted_at = time.monotonic()
                 self._write_counters()
         self._disconnect()
 
-    def _step(self) -> None:
+    def _wait(self) -> None:
+        """Until there may be something to do."""
         poller = zmq.Poller()
         poller.register(self._wake, zmq.POLLIN)
         if self._socket is not None:
@@ -212,6 +219,19 @@ class ShadowSender:
             os.eventfd_read(self._wake)
         except BlockingIOError:
             pass
+
+    def _guarded_step(self) -> bool:
+        """False: something that nobody thought of went wrong, and everything begins anew."""
+        try:
+            self._step()
+        except Exception:
+            logger.exception("shadow sender: starting over")
+            self._disconnect()
+            return False
+        return True
+
+    def _step(self) -> None:
+        """Whatever can be done without waiting."""
         now = time.monotonic()
         wanted = self._wanted
         if wanted != self._target:
@@ -242,10 +262,7 @@ class ShadowSender:
             logger.error("no window for a shadow: %s", error)
             return
         self._session = name
-        socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
-        socket.setsockopt(zmq.LINGER, 0)
-        socket.connect(target.endpoint)
-        self._socket = socket
+        self._socket = dial(target.endpoint)
         self._say(
             Hello(
                 session=name,
@@ -307,7 +324,7 @@ class ShadowSender:
                     self._counters.resyncs += 1
                     self._close_socket()
                     continue
-                self._sent_sequence = 0
+                self._sent_sequence = self._acknowledgements = 0
                 self._unacknowledged.clear()
                 self.link = ShadowLink(self.window_bytes, message.held)
                 self._counters.to, self._counters.linked = (target.group, target.epoch), True
@@ -318,6 +335,11 @@ class ShadowSender:
             elif isinstance(message, Resync) and message.session == self._session:
                 self._start_over(message.reason)
             elif isinstance(message, Ack) and message.session == self._session and self.link is not None:
+                if message.number != self._acknowledgements:
+                    # ZMQ drops answers to a peer that reads too slowly, and with one what it says is gone.
+                    self._start_over("an acknowledgement is missing")
+                    continue
+                self._acknowledgements += 1
                 self._counters.shadowed_tokens += self.link.acknowledge(message.sequence, message.gone)
                 while self._unacknowledged and self._unacknowledged[0][0] <= message.sequence:
                     self._unacknowledged.popleft()

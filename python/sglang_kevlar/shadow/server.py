@@ -63,7 +63,16 @@ class _Session:
     next_sequence: int = 0
     requests: set[bytes] = field(default_factory=set)
     acknowledge: bool = False
+    acknowledgements: int = 0
     gone: list[bytes] = field(default_factory=list)
+
+
+def listen(endpoint: str) -> zmq.Socket[bytes]:
+    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
+    socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.bind(endpoint)
+    return socket
 
 
 class ShadowServer:
@@ -83,10 +92,7 @@ class ShadowServer:
         self._epochs: dict[int, int] = {}
         self._looked_at = 0.0
         self._stopping = False
-        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
-        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.bind(endpoint)
+        self._socket = listen(endpoint)
         self._thread = threading.Thread(target=self._run, name="kevlar-shadow-store", daemon=True)
 
     def start(self) -> None:
@@ -99,22 +105,26 @@ class ShadowServer:
     def _run(self) -> None:
         while not self._stopping:
             self._socket.poll(STOP_POLL)
-            for _ in range(BURST):
-                try:
-                    frames = self._socket.recv_multipart(zmq.NOBLOCK)
-                except zmq.Again:
-                    break
-                try:
-                    self._on_frames(frames)
-                except Exception:
-                    # The store must not end with one message that nobody thought of.
-                    logger.exception("shadow store: a message could not be handled")
-                    self._counters.rejected_frames += 1
-            self._acknowledge()
-            self._look_at_the_time()
+            self._step()
         for session in self._sessions.values():
             session.window.close()
         self._socket.close()
+
+    def _step(self) -> None:
+        """Whatever can be done without waiting."""
+        for _ in range(BURST):
+            try:
+                frames = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                break
+            try:
+                self._on_frames(frames)
+            except Exception:
+                # The store must not end with one message that nobody thought of.
+                logger.exception("shadow store: a message could not be handled")
+                self._counters.rejected_frames += 1
+        self._acknowledge()
+        self._look_at_the_time()
 
     def _on_frames(self, frames: list[bytes]) -> None:
         try:
@@ -246,7 +256,13 @@ class ShadowServer:
             session.gone += dropped
             if session.acknowledge or session.gone:
                 session.acknowledge = False
-                ack = Ack(session=session.hello.session, sequence=session.next_sequence - 1, gone=session.gone)
+                ack = Ack(
+                    session=session.hello.session,
+                    number=session.acknowledgements,
+                    sequence=session.next_sequence - 1,
+                    gone=session.gone,
+                )
+                session.acknowledgements += 1
                 session.gone = []
                 self._send(sender, ack)
         self._counters.store_tokens = len(self._store) * self._layout.block_tokens

@@ -89,7 +89,7 @@ class ShadowStore:
         """Keep blocks that follow each other; ``data``: uint8 (blocks, block bytes).
 
         ``tokens`` are int64, the same number for each block. ``request``: the running one they are for. Returns the
-        keys of those that there was no room for. Raises DamagedBlock; what came before it is kept.
+        keys of those that there was no room for, or no block before. Raises DamagedBlock; what came before it is kept.
         """
         width = len(tokens) // len(keys)
         for position, (key, crc) in enumerate(zip(keys, crcs, strict=True)):
@@ -99,7 +99,9 @@ class ShadowStore:
                     slot, evicted = self._index.add(key, parent, crc, own, origin, request is not None)
                     self._dropped += evicted
                     if slot is None:
-                        return list(keys[position:])
+                        # The source believes the block before to be here.
+                        lost = [parent] if parent is not None and parent not in self._index else []
+                        return [*lost, *keys[position:]]
                     self._memory[slot] = data[position]
                     # After copying: what the source does to the window later changes nothing.
                     if zlib.crc32(self._memory[slot].data) != crc:
