@@ -15,6 +15,8 @@ from typing import Any
 import httpx
 
 Event = dict[str, Any]
+#: making one takes long; a connection of it is used once only, for the last fault may have broken it
+_CLIENT = httpx.Client(limits=httpx.Limits(max_keepalive_connections=0))
 
 
 @dataclass
@@ -76,7 +78,7 @@ def ask(url: str, path: str, body: Event, hang: float, on_event: Callable[[int],
     """
     answer = Answer(started=time.monotonic())
     try:
-        with httpx.stream("POST", url + path, json=body, timeout=hang) as response:
+        with _CLIENT.stream("POST", url + path, json=body, timeout=hang) as response:
             answer.status = response.status_code
             if response.status_code != 200:
                 answer.error = response.read().decode(errors="replace")[:2000] or f"status {response.status_code}"
