@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import httpx
 from client import ask
 
 #: a fault has to hit a request while it generates: long enough for the fault command to be slow
-TOKENS = 400
-PROMPT = "def parse_arguments(self, argv, namespace=None):\n    for option in"
-LONG_PROMPT = " ".join(
+TOKENS = 300
+#: all prompts begin with it: a server that looks at prefixes then sends requests that run together to one place
+PREFIX = "".join(f"import module_{i}\n\n\ndef value_{i}(self):\n    return module_{i}.call()\n\n\n" for i in range(6))
+PROMPT = PREFIX + "def parse_arguments(self, argv, namespace=None):\n    for option in"
+LONG_PROMPT = PREFIX + " ".join(
     f"import module_{i % 97} as m{i % 13}; value_{i % 31} = m{i % 13}.call({i % 7})" for i in range(90)
 )
-CHAT = [{"role": "user", "content": "Write a function that sorts a list."}]
+CHAT = [{"role": "user", "content": PREFIX + "Write a function that sorts a list."}]
 
 
 @dataclass(frozen=True)
@@ -47,10 +50,12 @@ class Facts:
     early_id: int
     eos_id: int
     lora: str | None
+    model: str
 
 
 def learn(url: str, hang: float, eos_id: int, lora: str | None) -> Facts:
-    """Raises RuntimeError when the server does not serve ``/generate``."""
+    """Raises RuntimeError when the server does not serve ``/generate``, HTTPError when not ``/v1/models``."""
+    model = httpx.get(f"{url}/v1/models", timeout=hang).raise_for_status().json()["data"][0]["id"]
     answer = ask(url, "/generate", _native("probe", stream=False).body, hang)
     if answer.error or answer.broken or not answer.choices:
         raise RuntimeError(f"no answer of {url}/generate to learn from: {answer.error or answer.broken}")
@@ -63,6 +68,7 @@ def learn(url: str, hang: float, eos_id: int, lora: str | None) -> Facts:
         early_id=ids[5],
         eos_id=eos_id,
         lora=lora,
+        model=model,
     )
 
 
@@ -78,7 +84,7 @@ def _native(name: str, stream: bool = True, exact: bool = True, prompt: Any = PR
 
 
 def _openai(name: str, endpoint: str, stream: bool = True, **fields: Any) -> Feature:
-    body = {"model": "default", "temperature": 0, "max_tokens": TOKENS, "ignore_eos": True, "stream": stream, **fields}
+    body = {"temperature": 0, "max_tokens": TOKENS, "ignore_eos": True, "stream": stream, **fields}
     if stream:
         body["stream_options"] = {"include_usage": True}
     return Feature(name, endpoint, body)
@@ -101,9 +107,9 @@ def _chat(name: str, stream: bool = True, **fields: Any) -> Feature:
 def features(facts: Facts) -> list[Feature]:
     """The list: streams first, then answers in one piece."""
     seeded = {"temperature": 0.8, "top_p": 0.9, "top_k": 40, "sampling_seed": 11}
-    thought = r"<think>[a-z ]{400,400}</think>[a-z ]{300,300}"
+    thought = r"<think>[a-z ]{600,600}</think>[a-z ]{500,500}"
     called = (
-        r'<tool_call>\n\{"name": "lookup", "arguments": \{"words": \[("[a-z]{3,8}", ){60,60}"end"\]\}\}\n</tool_call>'
+        r'<tool_call>\n\{"name": "lookup", "arguments": \{"words": \[("[a-z]{3,8}", ){50,50}"end"\]\}\}\n</tool_call>'
     )
     only_choice = {"tools": TOOLS, "tool_choice": "required"}
     schema = {"type": "json_schema", "json_schema": {"name": "list", "schema": SCHEMA}}
@@ -116,8 +122,8 @@ def features(facts: Facts) -> list[Feature]:
         _native("frequency penalty", sampling={"frequency_penalty": 0.7}),
         _native("presence penalty", sampling={"presence_penalty": 0.7}),
         _native("repetition penalty", sampling={"repetition_penalty": 1.3}),
-        _native("min new tokens", sampling={"min_new_tokens": 250, "stop_token_ids": [facts.early_id]}),
-        _native("max tokens", sampling={"max_new_tokens": TOKENS - 77}),
+        _native("min new tokens", sampling={"min_new_tokens": 200, "stop_token_ids": [facts.early_id]}),
+        _native("max tokens", sampling={"max_new_tokens": TOKENS - 37}),
         _native("logit bias, ignore_eos", sampling={"logit_bias": {str(facts.eos_id): 9.0}}),
         _native("stop string", sampling={"stop": [facts.stop]}),
         _native("stop string, half of it said at the fault", sampling={"stop": [facts.long_stop]}),
@@ -129,12 +135,12 @@ def features(facts: Facts) -> list[Feature]:
         _native("JSON schema", sampling={"json_schema": json.dumps(SCHEMA)}),
         _native("EBNF", sampling={"ebnf": 'root ::= ("red" | "green" | "blue" | " ")+'}),
         _native("n = 2", sampling={"n": 2}),
-        _native("batch of 3", prompt=[PROMPT, "class Node:", "import os\n"]),
+        _native("batch of 3", prompt=[PROMPT, PREFIX + "class Node:", PREFIX + "import os\n"]),
         _completions("greedy, usage"),
         _completions("log-probs", logprobs=2),
         _completions("stop string", stop=[facts.stop]),
         _completions("n = 2", n=2),
-        _completions("batch of 2", prompt=[PROMPT, "class Node:"]),
+        _completions("batch of 2", prompt=[PROMPT, PREFIX + "class Node:"]),
         _chat("greedy, usage"),
         _chat("log-probs", logprobs=True, top_logprobs=2),
         _chat("JSON schema", response_format=schema),
@@ -159,7 +165,8 @@ def features(facts: Facts) -> list[Feature]:
     ]
     if facts.lora is not None:
         listed.insert(22, _native("LoRA adapter", lora_path=facts.lora))
-    return listed
+    # One place for it: most of the list has nothing to do with the model's name.
+    return [replace(f, body=f.body if f.endpoint == "/generate" else f.body | {"model": facts.model}) for f in listed]
 
 
 def selected(listed: list[Feature], patterns: list[str]) -> list[Feature]:
@@ -168,7 +175,7 @@ def selected(listed: list[Feature], patterns: list[str]) -> list[Feature]:
 
 
 #: An array of fixed length: a model with random weights would otherwise fill it at will.
-_WORDS = {"type": "array", "items": {"type": "string", "minLength": 3, "maxLength": 8}, "minItems": 60, "maxItems": 60}
+_WORDS = {"type": "array", "items": {"type": "string", "minLength": 3, "maxLength": 8}, "minItems": 50, "maxItems": 50}
 SCHEMA = {
     "type": "object",
     "properties": {"size": {"type": "integer", "minimum": 0, "maximum": 999}, "words": _WORDS},
@@ -190,7 +197,7 @@ TOOLS = [
         },
     }
 ]
-_MESSAGES = {"model": "default", "messages": CHAT, "temperature": 0, "max_tokens": TOKENS}
-_RESPONSES = {"model": "default", "input": "Sort a list.", "temperature": 0, "max_output_tokens": TOKENS}
-_OLLAMA = {"model": "default", "prompt": PROMPT, "options": {"temperature": 0, "num_predict": TOKENS}}
+_MESSAGES = {"messages": CHAT, "temperature": 0, "max_tokens": TOKENS}
+_RESPONSES = {"input": "Sort a list.", "temperature": 0, "max_output_tokens": TOKENS}
+_OLLAMA = {"prompt": PROMPT, "options": {"temperature": 0, "num_predict": TOKENS}}
 _PROMPT_LOGPROBS = {"return_logprob": True, "logprob_start_len": 0}

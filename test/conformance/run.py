@@ -11,28 +11,33 @@ environment:
 
     KEVLAR_FAULT_URL        the server
     KEVLAR_FAULT_FEATURE    such as "/generate stream: greedy"
-    KEVLAR_FAULT_ENDPOINT   such as "/generate"
+    KEVLAR_FAULT_REQUESTS   how many requests are running; with more than one, the command has to fail if they are
+                            not all on the worker that it kills
 
-A fault that came after the end of its request is repeated, earlier.
+A fault that failed, or came after the end of its request, is repeated for that request alone, earlier each time.
+``--together`` saves time: most of a run is waiting for workers to start again.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import itertools
 import json
 import os
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from client import Answer, ask
 from features import Feature, features, learn, selected
-from verdict import Judgement, Verdict, first_difference, judge, unusable
+from verdict import Verdict, first_difference, judge, unusable
 
 ATTEMPTS = 4
 COMMAND_TIMEOUT = 600.0
@@ -57,23 +62,49 @@ class Result:
         return row | {"verdict": str(self.verdict), "detail": self.detail, **answers}
 
 
-class Fault:
-    """The fault command, run beside one request: when it has ``tokens`` tokens, or ``seconds`` after it was sent."""
+@dataclass
+class Expected:
+    answer: Answer
+    #: in what a second undisturbed answer differs from it: no failover can then be asked to be exact
+    instability: str | None = None
 
-    def __init__(self, command: str, environment: dict[str, str], tokens: int, seconds: float) -> None:
-        self._command, self._environment = command, environment
-        self._tokens, self._seconds = tokens, seconds
+
+class Fault:
+    """The fault command, run beside requests: when each has its tokens, or ``seconds`` after they were sent.
+
+    One that is far ahead is not waited with until it ends.
+    """
+
+    def __init__(self, command: str, environment: dict[str, str], seconds: float) -> None:
+        self._command, self._environment, self._seconds = command, environment, seconds
+        self._lock = threading.Lock()
+        self._waited_for = 0
         self._due = threading.Event()
         self._thread = threading.Thread(target=self._run)
         self.ended = 0.0
         self.failed = ""
 
+    def after(self, tokens: int) -> Callable[[int], None]:
+        """Have it wait for a request to get as many tokens. The request reports to what this returns."""
+        self._waited_for += 1
+        reached = False
+
+        def on_event(events: int) -> None:
+            nonlocal reached
+            if events >= 3 * tokens:
+                self._due.set()
+            if events < tokens or reached:
+                return
+            reached = True
+            with self._lock:
+                self._waited_for -= 1
+                if not self._waited_for:
+                    self._due.set()
+
+        return on_event
+
     def start(self) -> None:
         self._thread.start()
-
-    def on_event(self, events: int) -> None:
-        if events >= self._tokens:
-            self._due.set()
 
     def join(self) -> None:
         self._due.set()
@@ -103,67 +134,99 @@ def shell(command: str, environment: dict[str, str]) -> str:
 
 
 class Suite:
-    def __init__(self, url: str, fault: str, recover: str | None, at: int, hang: float) -> None:
+    """``together``: how many requests at most share a fault."""
+
+    def __init__(self, url: str, fault: str, recover: str | None, at: int, hang: float, together: int = 1) -> None:
         self._url, self._fault, self._recover = url, fault, recover
-        self._at, self._hang = at, hang
+        self._at, self._hang, self._together = at, hang, together
 
-    def run(self, listed: list[Feature]) -> list[Result]:
+    def run(self, listed: list[Feature]) -> Iterator[Result]:
         """All undisturbed runs come first: a server is not undisturbed while a worker of it restarts."""
-        self.recover({})
+        self.recover()
         expected = {feature.id: self._undisturbed(feature) for feature in listed}
-        results = []
-        for feature in listed:
-            results.append(self._disturbed(feature, *expected[feature.id]))
-            print(f"{feature.id:70} {results[-1].verdict}  {results[-1].detail[:200]}", file=sys.stderr, flush=True)
-        return results
+        for group in rounds(listed, self._together):
+            served = [f for f in group if unusable(expected[f.id].answer) is None]
+            yield from (unsupported(f, expected[f.id].answer) for f in group if f not in served)
+            results = self._round(served, expected) if len(served) > 1 else []
+            alone = [f for f in served if f.id not in {r.feature.id for r in results if r.verdict != Verdict.NOT_HIT}]
+            yield from (result for result in results if result.feature not in alone)
+            for feature in alone:
+                yield self._alone(feature, expected)
 
-    def _undisturbed(self, feature: Feature) -> tuple[Answer, str | None]:
-        """The answer, and in what a second one differs from it: no failover can then be asked to be exact."""
+    def _undisturbed(self, feature: Feature) -> Expected:
         first, second = (ask(self._url, feature.endpoint, feature.body, self._hang) for _ in range(2))
         if unusable(first) is not None or not feature.exact:
-            return first, None
+            return Expected(first)
         # Of two equal answers the second is the one whose time counts: nothing is done in it for the first time.
-        return second, first_difference(first, second)
+        return Expected(second, first_difference(first, second))
 
-    def _disturbed(self, feature: Feature, undisturbed: Answer, instability: str | None) -> Result:
-        if (problem := unusable(undisturbed)) is not None:
-            return Result(feature, Verdict.UNSUPPORTED, problem, undisturbed)
+    def _alone(self, feature: Feature, expected: dict[str, Expected]) -> Result:
+        """Until the fault hits it, earlier each time."""
+        for attempt in range(ATTEMPTS):
+            (result,) = self._round([feature], expected, attempt)
+            if result.verdict != Verdict.NOT_HIT:
+                break
+        return result
+
+    def _round(self, group: list[Feature], expected: dict[str, Expected], attempt: int = 0) -> list[Result]:
+        """One fault while all of them generate."""
+        self.recover()
+        seconds = [expected[feature.id].answer.seconds for feature in group]
         environment = {
             "KEVLAR_FAULT_URL": self._url,
-            "KEVLAR_FAULT_FEATURE": feature.id,
-            "KEVLAR_FAULT_ENDPOINT": feature.endpoint,
+            "KEVLAR_FAULT_FEATURE": ", ".join(feature.id for feature in group),
+            "KEVLAR_FAULT_REQUESTS": str(len(group)),
         }
-        answer, missed = Answer(), ""
-        for attempt in range(ATTEMPTS):
-            self.recover(environment)
-            seconds = undisturbed.seconds * LATEST / 2**attempt
-            fault = Fault(self._fault, environment, max(1, self._at >> attempt), seconds)
+        # Requests that run together slow each other down. One that streams says itself how far it is.
+        slowdown = len(group) if group[0].stream else 1 + 0.1 * (len(group) - 1)
+        fault = Fault(self._fault, environment, min(seconds) * LATEST * slowdown / 2**attempt)
+        listeners = [fault.after(max(1, self._at >> attempt)) for _ in group]
+        # A request that does not stream is silent until its end, and may be run again from its beginning.
+        hangs = [self._hang + (0 if f.stream else 3 * s) for f, s in zip(group, seconds, strict=True)]
+        with ThreadPoolExecutor(len(group)) as pool:
+            asked = [
+                pool.submit(ask, self._url, feature.endpoint, feature.body, hang, listener)
+                for feature, hang, listener in zip(group, hangs, listeners, strict=True)
+            ]
             fault.start()
-            # A request that does not stream is silent until its end, and may be run again from its beginning.
-            hang = self._hang + (0 if feature.stream else 3 * undisturbed.seconds)
-            answer = ask(self._url, feature.endpoint, feature.body, hang, fault.on_event)
-            fault.join()
-            missed = fault.failed or ("it ended before the fault" if answer.ended < fault.ended else "")
-            if not missed or _went_wrong(answer):
-                break
-        if missed and not _went_wrong(answer):
-            return Result(feature, Verdict.NOT_HIT, missed, undisturbed, answer)
-        judgement = judge(undisturbed, answer, feature.exact and instability is None)
-        return Result(feature, judgement.verdict, _explained(judgement, instability), undisturbed, answer)
+            answers = [one.result() for one in asked]
+        fault.join()
+        return [self._judged(f, expected[f.id], a, fault) for f, a in zip(group, answers, strict=True)]
 
-    def recover(self, environment: dict[str, str]) -> None:
-        if self._recover and (failed := shell(self._recover, {"KEVLAR_FAULT_URL": self._url, **environment})):
+    def _judged(self, feature: Feature, expected: Expected, answer: Answer, fault: Fault) -> Result:
+        missed = fault.failed or ("it ended before the fault" if answer.ended < fault.ended else "")
+        if missed and not _went_wrong(answer):
+            return Result(feature, Verdict.NOT_HIT, missed, expected.answer, answer)
+        judgement = judge(expected.answer, answer, feature.exact and expected.instability is None)
+        note = f"two undisturbed answers differ: {expected.instability}" if expected.instability else ""
+        detail = "; ".join(part for part in (judgement.detail, note) if part)
+        return Result(feature, judgement.verdict, detail, expected.answer, answer)
+
+    def recover(self) -> None:
+        if self._recover and (failed := shell(self._recover, {"KEVLAR_FAULT_URL": self._url})):
             raise RuntimeError(f"the server did not recover: {failed}")
+
+
+def rounds(listed: list[Feature], together: int) -> Iterator[list[Feature]]:
+    """Requests that share their prompts' beginning, and so probably a worker, at most ``together`` of them."""
+
+    def alike(feature: Feature) -> tuple[object, ...]:
+        return feature.endpoint, feature.stream, feature.body.get("lora_path")
+
+    for _, group in itertools.groupby(listed, alike):
+        left = list(group)
+        while left:
+            yield left[:together]
+            del left[:together]
+
+
+def unsupported(feature: Feature, undisturbed: Answer) -> Result:
+    return Result(feature, Verdict.UNSUPPORTED, unusable(undisturbed) or "", undisturbed)
 
 
 def _went_wrong(answer: Answer) -> bool:
     """It was hit, then, whatever the fault command says."""
     return bool(answer.error or answer.broken or answer.hung or not answer.done)
-
-
-def _explained(judgement: Judgement, instability: str | None) -> str:
-    note = f"two undisturbed answers differ: {instability}" if instability else ""
-    return "; ".join(part for part in (judgement.detail, note) if part)
 
 
 def rows(results: list[dict[str, Any]]) -> list[list[str]]:
@@ -183,6 +246,7 @@ def main() -> int:
     parser.add_argument("--fault", required=True, help="shell command that kills the busiest worker")
     parser.add_argument("--recover", help="shell command that returns when the server is whole again")
     parser.add_argument("--at", type=int, default=40, help="tokens after which the fault is injected")
+    parser.add_argument("--together", type=int, default=1, help="requests that share a fault; see above")
     parser.add_argument("--hang", type=float, default=60.0, help="seconds of silence that count as hung")
     parser.add_argument("--features", nargs="*", default=[], help="only those whose name contains one of these")
     parser.add_argument("--lora", help="name of an adapter that the server has loaded")
@@ -191,13 +255,16 @@ def main() -> int:
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     args = parser.parse_args()
 
-    suite = Suite(args.url.rstrip("/"), args.fault, args.recover, args.at, args.hang)
-    suite.recover({})
+    suite = Suite(args.url.rstrip("/"), args.fault, args.recover, args.at, args.hang, args.together)
+    suite.recover()
     listed = selected(features(learn(args.url, args.hang, args.eos_id, args.lora)), args.features)
-    results = [result.summary() for result in suite.run(listed)]
-    suite.recover({})
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=1))
+    results = []
+    for result in suite.run(listed):
+        print(f"{result.feature.id:70} {result.verdict}  {result.detail[:200]}", file=sys.stderr, flush=True)
+        results.append(result.summary())
+        if args.json:
+            args.json.write_text(json.dumps(results, indent=1))
+    suite.recover()
     if args.markdown:
         print(table(["endpoint", "answer", "feature", "verdict", "detail"], rows(results)))
     else:

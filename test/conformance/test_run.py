@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from features import Feature
-from run import Suite, rows, table
+from run import Suite, rounds, rows, table
 from verdict import Verdict
 
 TOKENS = 40
@@ -87,7 +87,7 @@ def test_every_verdict_comes_out(url: str, tmp_path: Path) -> None:
         at=3,
         hang=0.5,
     )
-    results = suite.run(features)
+    results = list(suite.run(features))
     assert {r.feature.name: r.verdict for r in results} == {**wanted, "unknown": Verdict.UNSUPPORTED}
     assert log.read_text().splitlines() == [feature.id for feature in features[:-1]]
     cells = rows([result.summary() for result in results])
@@ -109,4 +109,32 @@ def test_a_fault_command_that_fails_is_no_success(url: str) -> None:
     assert result.verdict == Verdict.NOT_HIT
     assert "status 3: nothing runs" in result.detail
     with pytest.raises(RuntimeError, match="did not recover"):
-        Suite(url, fault="true", recover="false", at=3, hang=1.0).run([])
+        Suite(url, fault="true", recover="false", at=3, hang=1.0).recover()
+
+
+def test_requests_that_share_a_fault(url: str, tmp_path: Path) -> None:
+    """One that was over too soon has it again, alone."""
+    names = ["go on", "cut", "skip"]
+    features = [Feature(name, "/generate", {"behaviour": name, "stream": True}) for name in names]
+    features.insert(1, Feature("fast", "/generate", {"behaviour": "fast", "stream": True}))
+    log = tmp_path / "log"
+    fault = f'echo "$KEVLAR_FAULT_REQUESTS" >> {log}; sleep 0.15; touch {tmp_path}/fault'
+    suite = Suite(url, fault, recover=f"rm -f {tmp_path}/fault", at=3, hang=1.0, together=3)
+    verdicts = {result.feature.name: result.verdict for result in suite.run(features)}
+    assert verdicts == {
+        "go on": Verdict.EXACT,
+        "cut": Verdict.CUT,
+        "skip": Verdict.DIFFERENT,
+        "fast": Verdict.NOT_HIT,
+    }
+    assert log.read_text().split()[:2] == ["3", "1"]
+
+
+def test_only_what_probably_shares_a_worker_shares_a_fault() -> None:
+    def feature(endpoint: str, **body: object) -> Feature:
+        return Feature("f", endpoint, body)
+
+    native, lora, chat = feature("/generate"), feature("/generate", lora_path="a"), feature("/v1/chat/completions")
+    listed = [native, native, native, lora, chat, feature("/generate", stream=True), native]
+    assert [len(group) for group in rounds(listed, 2)] == [2, 1, 1, 1, 1, 1]
+    assert [len(group) for group in rounds(listed, 1)] == [1] * 7
