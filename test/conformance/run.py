@@ -64,9 +64,12 @@ class Result:
 
 @dataclass
 class Expected:
+    #: undisturbed and alone
     answer: Answer
-    #: in what a second undisturbed answer differs from it: no failover can then be asked to be exact
-    instability: str | None = None
+    #: seconds that the same took together with those that it shares a fault with
+    seconds_together: float
+    #: in what that second answer differs: no failover can then be asked to be exact
+    instability: str | None
 
 
 class Fault:
@@ -143,8 +146,11 @@ class Suite:
     def run(self, listed: list[Feature]) -> Iterator[Result]:
         """All undisturbed runs come first: a server is not undisturbed while a worker of it restarts."""
         self.recover()
-        expected = {feature.id: self._undisturbed(feature) for feature in listed}
-        for group in rounds(listed, self._together):
+        groups = list(rounds(listed, self._together))
+        expected: dict[str, Expected] = {}
+        for group in groups:
+            expected |= self._undisturbed(group)
+        for group in groups:
             served = [f for f in group if unusable(expected[f.id].answer) is None]
             yield from (unsupported(f, expected[f.id].answer) for f in group if f not in served)
             results = self._round(served, expected) if len(served) > 1 else []
@@ -153,12 +159,23 @@ class Suite:
             for feature in alone:
                 yield self._alone(feature, expected)
 
-    def _undisturbed(self, feature: Feature) -> Expected:
-        first, second = (ask(self._url, feature.endpoint, feature.body, self._hang) for _ in range(2))
-        if unusable(first) is not None or not feature.exact:
-            return Expected(first)
-        # Of two equal answers the second is the one whose time counts: nothing is done in it for the first time.
-        return Expected(second, first_difference(first, second))
+    def _undisturbed(self, group: list[Feature]) -> dict[str, Expected]:
+        alone = [ask(self._url, feature.endpoint, feature.body, self._hang) for feature in group]
+        together = self._ask_together(group, [self._hang] * len(group), [lambda events: None] * len(group))
+        return {
+            feature.id: Expected(one, other.seconds, first_difference(one, other) if feature.exact else None)
+            for feature, one, other in zip(group, alone, together, strict=True)
+        }
+
+    def _ask_together(
+        self, group: list[Feature], hangs: list[float], listeners: list[Callable[[int], None]]
+    ) -> list[Answer]:
+        with ThreadPoolExecutor(len(group)) as pool:
+            asked = [
+                pool.submit(ask, self._url, feature.endpoint, feature.body, hang, listener)
+                for feature, hang, listener in zip(group, hangs, listeners, strict=True)
+            ]
+            return [one.result() for one in asked]
 
     def _alone(self, feature: Feature, expected: dict[str, Expected]) -> Result:
         """Until the fault hits it, earlier each time."""
@@ -171,27 +188,21 @@ class Suite:
     def _round(self, group: list[Feature], expected: dict[str, Expected], attempt: int = 0) -> list[Result]:
         """One fault while all of them generate."""
         self.recover()
-        seconds = [expected[feature.id].answer.seconds for feature in group]
+        wanted = [expected[feature.id] for feature in group]
+        seconds = [one.answer.seconds if len(group) == 1 else one.seconds_together for one in wanted]
         environment = {
             "KEVLAR_FAULT_URL": self._url,
             "KEVLAR_FAULT_FEATURE": ", ".join(feature.id for feature in group),
             "KEVLAR_FAULT_REQUESTS": str(len(group)),
         }
-        # Requests that run together slow each other down. One that streams says itself how far it is.
-        slowdown = len(group) if group[0].stream else 1 + 0.1 * (len(group) - 1)
-        fault = Fault(self._fault, environment, min(seconds) * LATEST * slowdown / 2**attempt)
+        fault = Fault(self._fault, environment, min(seconds) * LATEST / 2**attempt)
         listeners = [fault.after(max(1, self._at >> attempt)) for _ in group]
         # A request that does not stream is silent until its end, and may be run again from its beginning.
         hangs = [self._hang + (0 if f.stream else 3 * s) for f, s in zip(group, seconds, strict=True)]
-        with ThreadPoolExecutor(len(group)) as pool:
-            asked = [
-                pool.submit(ask, self._url, feature.endpoint, feature.body, hang, listener)
-                for feature, hang, listener in zip(group, hangs, listeners, strict=True)
-            ]
-            fault.start()
-            answers = [one.result() for one in asked]
+        fault.start()
+        answers = self._ask_together(group, hangs, listeners)
         fault.join()
-        return [self._judged(f, expected[f.id], a, fault) for f, a in zip(group, answers, strict=True)]
+        return [self._judged(f, one, a, fault) for f, one, a in zip(group, wanted, answers, strict=True)]
 
     def _judged(self, feature: Feature, expected: Expected, answer: Answer, fault: Fault) -> Result:
         missed = fault.failed or ("it ended before the fault" if answer.ended < fault.ended else "")

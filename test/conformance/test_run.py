@@ -46,7 +46,7 @@ class Counting(BaseHTTPRequestHandler):
             meta = {"finish_reason": None, "prompt_tokens": 1, "completion_tokens": len(ids)}
             meta["finish_reason"] = "length" if len(ids) == TOKENS else None
             self._event({"text": "." * len(ids), "output_ids": ids, "meta_info": meta})
-            time.sleep(0.001 if body["behaviour"] == "fast" else 0.02)
+            time.sleep(0.001 if body["behaviour"] == "fast" else 0.012)
         self.wfile.write(b"data: [DONE]\n\n")
 
     def _event(self, event: dict[str, Any]) -> None:
