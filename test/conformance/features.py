@@ -43,7 +43,7 @@ class Facts:
 
     #: a piece of text that first appears late in the answer
     stop: str
-    #: some hundred characters that begin soon: a server has to hold them back until it knows
+    #: a long piece that begins soon: a server has to hold it back until it knows
     long_stop: str
     #: a token that first appears late, and one that appears soon
     late_id: int
@@ -63,7 +63,7 @@ def learn(url: str, hang: float, eos_id: int, lora: str | None) -> Facts:
     late = range(len(ids) * 6 // 10, len(ids))
     return Facts(
         stop=_first_seen(text, len(text) * 6 // 10, 6),
-        long_stop=_first_seen(text, len(text) * 12 // 100, 160),
+        long_stop=_first_seen(text, len(text) * 15 // 100, len(text) * 4 // 10),
         late_id=next((ids[i] for i in late if ids[i] not in ids[:i]), ids[-1]),
         early_id=ids[5],
         eos_id=eos_id,
@@ -109,7 +109,7 @@ def features(facts: Facts) -> list[Feature]:
     seeded = {"temperature": 0.8, "top_p": 0.9, "top_k": 40, "sampling_seed": 11}
     thought = r"<think>[a-z ]{600,600}</think>[a-z ]{500,500}"
     called = (
-        r'<tool_call>\n\{"name": "lookup", "arguments": \{"words": \[("[a-z]{3,8}", ){50,50}"end"\]\}\}\n</tool_call>'
+        r'<tool_call>\n\{"name": "lookup", "arguments": \{"words": \[("[a-z]{3,8}", ){40,40}"end"\]\}\}\n</tool_call>'
     )
     only_choice = {"tools": TOOLS, "tool_choice": "required"}
     schema = {"type": "json_schema", "json_schema": {"name": "list", "schema": SCHEMA}}
@@ -175,7 +175,7 @@ def selected(listed: list[Feature], patterns: list[str]) -> list[Feature]:
 
 
 #: An array of fixed length: a model with random weights would otherwise fill it at will.
-_WORDS = {"type": "array", "items": {"type": "string", "minLength": 3, "maxLength": 8}, "minItems": 50, "maxItems": 50}
+_WORDS = {"type": "array", "items": {"type": "string", "minLength": 3, "maxLength": 8}, "minItems": 25, "maxItems": 25}
 SCHEMA = {
     "type": "object",
     "properties": {"size": {"type": "integer", "minimum": 0, "maximum": 999}, "words": _WORDS},

@@ -132,8 +132,9 @@ def shell(command: str, environment: dict[str, str]) -> str:
             timeout=COMMAND_TIMEOUT,
         )
     except subprocess.TimeoutExpired:
-        return f"no end of: {command}"
-    return f"{command}: status {done.returncode}: {done.stdout[-500:]}" if done.returncode else ""
+        return "the command does not end"
+    output = " ".join(done.stdout.split())
+    return f"status {done.returncode}: {output[-300:]}" if done.returncode else ""
 
 
 class Suite:

@@ -36,13 +36,15 @@ from verdict import Verdict
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-ROUTERS = {"sglang-router": "sglang-router", "smg": "smg"}
+#: package: module. Not by their commands: `smg` is one of both packages, and the later installed one's.
+ROUTERS = {"sglang-router": "sglang_router.cli", "smg": "smg.cli"}
 SYSTEMS = ("sglang-kevlar", *ROUTERS)
 #: A run is a crash loop. What is lost is started again at once, by us and by our supervisors; with the defaults of the
 #: routers the readmission of a worker that is back would take up to two minutes. Nothing else follows from these.
 OUR_FLAGS = ["--worker-groups", "2", "--restart-backoff-max", "1"]
 ROUTER_FLAGS = ["--health-check-interval-secs", "3", "--health-success-threshold", "1"]
 ROUTER_FLAGS += ["--health-check-timeout-secs", "10", "--cb-timeout-duration-secs", "3"]
+SHARED = Path("/dev/shm")
 BEGIN, END = "<!-- generated: conformance -->", "<!-- end of generated -->"
 
 
@@ -70,6 +72,7 @@ class Processes:
     def __init__(self, logs: Path) -> None:
         self._logs = logs
         self._temporary = tempfile.mkdtemp(prefix="conformance-")
+        self._shared_before = set(SHARED.iterdir())
         self._started: list[subprocess.Popen[bytes]] = []
 
     def start(self, name: str, command: list[str]) -> subprocess.Popen[bytes]:
@@ -92,6 +95,19 @@ class Processes:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         shutil.rmtree(self._temporary, ignore_errors=True)
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """SGLang that is killed leaves shared memory behind. What another process has mapped is not ours to remove."""
+        mapped = set()
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                mapped |= {
+                    line.split()[-1] for line in (process / "maps").read_text().splitlines() if str(SHARED) in line
+                }
+        for file in set(SHARED.iterdir()) - self._shared_before:
+            if str(file) not in mapped and file.name.startswith(("sglang_", "sem.mp-")):
+                file.unlink(missing_ok=True)
 
 
 class Workers:
@@ -149,8 +165,16 @@ def run_system(name: str, models: Path, routers: Path | None, out: Path, options
             target = ["--workers", str(workers.file)]
             wait_until_served(workers.urls())
             assert routers is not None
-            command = [str(routers / "bin" / ROUTERS[name]), "launch", "--host", "127.0.0.1", "--port", str(port)]
-            command += ["--prometheus-port", str(free_port()), "--worker-urls", *workers.urls(), *ROUTER_FLAGS]
+            command = [str(routers / "bin" / "python"), "-m", ROUTERS[name], "launch", "--host", "127.0.0.1"]
+            command += [
+                "--port",
+                str(port),
+                "--prometheus-port",
+                str(free_port()),
+                "--worker-urls",
+                *workers.urls(),
+                *ROUTER_FLAGS,
+            ]
             processes.start("router", command)
         fault, recover = (shlex.join([sys.executable, str(HERE / script), *target]) for script in SCRIPTS)
         suite = [sys.executable, str(HERE / "run.py"), "--url", url, "--fault", fault, "--recover", recover]
