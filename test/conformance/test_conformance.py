@@ -1,6 +1,6 @@
 """The whole run against a server of ours: every feature goes on exactly.
 
-./scripts/test test/conformance/test_conformance.py -m slow        (about 20 minutes on two idle cores)
+./scripts/test test/conformance/test_conformance.py -m slow        (about 5 minutes on two idle cores)
 
 The same by hand, and against other systems: see docs/conformance.md.
 """
