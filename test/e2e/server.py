@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -111,6 +112,15 @@ class Server:
         return max(status["groups"], key=lambda g: g["running"])["id"]
 
     # ---- end
+
+    def launch_id(self) -> str:
+        """What its shared memory is named after; it is part of the default run directory's name too."""
+        for pid in self.descendants():
+            with contextlib.suppress(OSError):
+                command = Path(f"/proc/{pid}/cmdline").read_text(errors="replace")
+                if found := re.search(r"kevlar-\d+-([0-9a-f]{8})", command):
+                    return found[1]
+        raise AssertionError("no process of the server names its run directory")
 
     def descendants(self) -> list[int]:
         """Every process this server started, by the environment they all inherit."""

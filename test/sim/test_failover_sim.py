@@ -1,6 +1,6 @@
 """The frontend's real actor, journal, router, hold queue and membership, in the simulated world of `failover_world`.
 
-Replay one run with ``python test/sim/run.py --world failover --seed N``.
+Replay one run with ``python test/sim/campaign.py --world failover --seed N``.
 """
 
 from __future__ import annotations

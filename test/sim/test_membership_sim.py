@@ -1,6 +1,6 @@
 """The real `control.membership` and `control.detection` in the simulated host of `membership_world`.
 
-Replay one run with ``python test/sim/run.py --world membership --seed N``.
+Replay one run with ``python test/sim/campaign.py --world membership --seed N``.
 """
 
 from __future__ import annotations

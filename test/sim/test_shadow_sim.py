@@ -1,6 +1,6 @@
 """The real shadow of three ranks (`shadow.rank.RankShadow`) in the simulated world of `shadow_sim`.
 
-Replay one run with ``python test/sim/run.py --world shadow --seed N``.
+Replay one run with ``python test/sim/campaign.py --world shadow --seed N``.
 """
 
 from __future__ import annotations
@@ -69,13 +69,15 @@ def caught(match: str, seeds: int = 40) -> None:
 
 
 class Whatever(int):
-    """Never differs from another number."""
+    """A checksum that is any other."""
+
+    def __eq__(self, other: object) -> bool:
+        return True
 
     def __ne__(self, other: object) -> bool:
         return False
 
-    def __add__(self, other: int) -> Whatever:
-        return self
+    __hash__ = int.__hash__
 
 
 OTHER_KV = "holds other KV|cached KV is not"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 
+import campaign
 import failover_world
 import pytest
-import run
 import shadow_sim
 from shrink import Failure, attempt, shrink
 
@@ -51,10 +51,10 @@ def test_a_failure_of_the_frontend_shrinks(monkeypatch):
 
 
 def test_the_runner_counts_and_says_how_to_replay(monkeypatch, capsys):
-    assert run.run(5, 300, 60.0, ["failover", "membership"]) == 0
+    assert campaign.run(5, 300, 60.0, ["failover", "membership"]) == 0
     assert "no invariant broken" in capsys.readouterr().out
-    monkeypatch.setattr(run, "SHRINK_SECONDS", 3.0)
+    monkeypatch.setattr(campaign, "SHRINK_SECONDS", 3.0)
     monkeypatch.setattr(Entry, "resume_state", lambda self: None)
-    assert run.run(1, 10**6, 60.0, ["failover"]) == 1
+    assert campaign.run(1, 10**6, 60.0, ["failover"]) == 1
     said = capsys.readouterr().out
     assert "shrunk from" in said and "--world failover --seed" in said and "--only" in said

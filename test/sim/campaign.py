@@ -1,7 +1,7 @@
 """Runs the simulated worlds under fresh seeds until so many faults have struck; shrinks what fails.
 
-    python test/sim/run.py --faults 1000000 [--seed N] [--world shadow] [--minutes 10]
-    python test/sim/run.py --world shadow --seed 17 --replay [--steps 90] [--only 12:crash:1,40:flush:1]
+    python test/sim/campaign.py --faults 1000000 [--seed N] [--world shadow] [--minutes 10]
+    python test/sim/campaign.py --world shadow --seed 17 --replay [--steps 90] [--only 12:crash:1,40:flush:1]
 
 A fault is an event that was injected and took effect; requests, and faults that found nothing to strike, do not count.
 The worlds take turns so that each gets its share of the processor's time.
@@ -97,7 +97,9 @@ def report(name: str, seed: int, failure: Failure) -> None:
     print(f"shrunk from {count} events to {len(events)}, in {steps} steps:")
     print_trace(failure)
     only = ",".join(name for name in failure.happened) or "-"
-    print(f"\nreplay: python test/sim/run.py --world {name} --seed {seed} --replay --steps {steps} --only '{only}'")
+    print(
+        f"\nreplay: python test/sim/campaign.py --world {name} --seed {seed} --replay --steps {steps} --only '{only}'"
+    )
 
 
 def print_trace(failure: Failure) -> None:
