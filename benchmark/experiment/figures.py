@@ -57,13 +57,13 @@ def collect(
         first = one.first_token
         run.ttft.append(None if first is None else first - one.arrived)
         run.latency.append(None if one.finished is None else one.finished - one.arrived)
-        run.tokens += [at - begin for stream in one.attempts for at in stream.times]
+        run.tokens += [at - begin for at in one.token_times()]
         if one.finished is None:
             failures["never answered"] += 1
             continue
         last = one.attempts[-1]
-        if len(last.times) > 1:
-            run.tpot.append(last.seconds_per_token())
+        if len(one.tokens) > 1:
+            run.tpot.append((last.times[-1] - last.times[0]) / (len(one.tokens) - 1))
         run.changed += one.tokens != reference[one.number]
     for one in answers:
         hit = one.stands_at(killed) and (one.redirects > 0 or len(one.attempts) > 1)

@@ -208,7 +208,7 @@ class ShadowWorld:
         self.stepped = rank.group
         if rank.sender_hung:
             rank.sender_hung -= 1
-        elif rank.sender_wakes_at <= self.clock.now and not rank.sender._guarded_step():
+        elif rank.sender_wakes_at <= self.clock.now and not rank.sender._guarded(rank.sender._step):
             rank.sender_wakes_at = self.clock.now + 1.0
         self.network.deliver()
         if rank.store_hung:

@@ -26,15 +26,15 @@ from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang_kevlar.control.shadow_index import Origin
 from sglang_kevlar.control.shadow_keys import KeyChain, root_key
 from sglang_kevlar.protocol.shadow import Held, Lookup, ShadowCounters, Shelf
+from sglang_kevlar.shadow.sockets import dial
 from sglang_kevlar.shadow.store import ShadowStore
 from sglang_kevlar.worker.resume import ResumedGenerateReqInput
 
 logger = logging.getLogger(__name__)
 
-#: seconds for which a request waits for the other ranks' stores; then it is computed
-LOOKUP_TIMEOUT = 0.5
-#: bytes a second at which a store checks what it holds, at least
-CHECK_RATE = 5e8
+#: seconds for which a request waits for the other ranks' stores, beside the time that they need to check what they hold
+#: at so many bytes a second; then it is computed
+LOOKUP_TIMEOUT, CHECK_RATE = 0.5, 5e8
 #: seconds for which nothing is asked after no answer came, twice
 SILENT = 10.0
 #: bytes of KV that each rank promotes ahead in one step
@@ -202,11 +202,7 @@ class Lookups:
         if not self._peers or self._peers_are_silent():
             return False
         if not self._sockets:
-            for peer in self._peers:
-                socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
-                socket.setsockopt(zmq.LINGER, 0)
-                socket.connect(peer)
-                self._sockets.append(socket)
+            self._sockets = [dial(peer) for peer in self._peers]
         question = msgspec.msgpack.encode(Lookup(ticket=ticket, keys=keys))
         try:
             for socket in self._sockets:

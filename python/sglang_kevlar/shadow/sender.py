@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import msgspec
 import zmq
 
+from sglang_kevlar.control.shadow_index import Origin
 from sglang_kevlar.control.shadow_link import ShadowLink
 from sglang_kevlar.protocol.shadow import (
     Accept,
@@ -33,6 +34,7 @@ from sglang_kevlar.protocol.shadow import (
     ShadowCounters,
 )
 from sglang_kevlar.shadow.pool import Staged, pack
+from sglang_kevlar.shadow.sockets import dial
 from sglang_kevlar.transport import Outgoing, Transport, TransportError
 
 logger = logging.getLogger(__name__)
@@ -63,10 +65,9 @@ class Piece:
     first: int
     #: of its blocks, int64
     tokens: bytes
-    #: ``extra_key`` and ``cache_salt`` of the sequence
-    origin: tuple[str | None, str | None]
+    origin: Origin
     request: bytes | None
-    #: when it was copied, monotonic seconds
+    #: when it was copied, monotonic seconds. The clock is looked up then: a simulation has its own
     at: float = field(default_factory=lambda: time.monotonic())
 
 
@@ -84,13 +85,6 @@ class Target:
     group: int
     epoch: int
     endpoint: str
-
-
-def dial(endpoint: str) -> zmq.Socket[bytes]:
-    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
-    socket.setsockopt(zmq.LINGER, 0)
-    socket.connect(endpoint)
-    return socket
 
 
 class ShadowSender:
@@ -199,13 +193,22 @@ class ShadowSender:
     def _run(self) -> None:
         counted_at = 0.0
         while not self._stopping:
-            self._wait()
-            if not self._guarded_step():
+            if not (self._guarded(self._wait) and self._guarded(self._step)):
                 time.sleep(1)
             if time.monotonic() - counted_at >= COUNTERS_INTERVAL:
                 counted_at = time.monotonic()
                 self._write_counters()
         self._disconnect()
+
+    def _guarded(self, act: Callable[[], None]) -> bool:
+        """False: something that nobody thought of went wrong, and everything begins anew."""
+        try:
+            act()
+        except Exception:
+            logger.exception("shadow sender: starting over")
+            self._disconnect()
+            return False
+        return True
 
     def _wait(self) -> None:
         """Until there may be something to do."""
@@ -219,16 +222,6 @@ class ShadowSender:
             os.eventfd_read(self._wake)
         except BlockingIOError:
             pass
-
-    def _guarded_step(self) -> bool:
-        """False: something that nobody thought of went wrong, and everything begins anew."""
-        try:
-            self._step()
-        except Exception:
-            logger.exception("shadow sender: starting over")
-            self._disconnect()
-            return False
-        return True
 
     def _step(self) -> None:
         """Whatever can be done without waiting."""

@@ -35,12 +35,12 @@ from sglang_kevlar.protocol.shadow import (
     ShadowCounters,
     ToStore,
 )
+from sglang_kevlar.shadow.sockets import listen
 from sglang_kevlar.shadow.store import DamagedBlock, ShadowStore
 from sglang_kevlar.transport import Incoming, Transport, TransportError
 
 logger = logging.getLogger(__name__)
 
-MAX_FRAME_BYTES = 16 << 20
 #: keys that a new source is told of, 16 bytes each; what it is not told of, it sends again
 HELD_KEYS = 1 << 17
 #: frames taken in before anything else is looked at
@@ -65,14 +65,6 @@ class _Session:
     acknowledge: bool = False
     acknowledgements: int = 0
     gone: list[bytes] = field(default_factory=list)
-
-
-def listen(endpoint: str) -> zmq.Socket[bytes]:
-    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
-    socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
-    socket.setsockopt(zmq.LINGER, 0)
-    socket.bind(endpoint)
-    return socket
 
 
 class ShadowServer:

@@ -13,6 +13,7 @@ import numpy as np
 import zmq
 
 from sglang_kevlar.protocol.shadow import Release, Shelf
+from sglang_kevlar.shadow.sockets import dial
 
 
 def check() -> None:
@@ -63,9 +64,7 @@ class SharedStore:
     def release(self, ticket: str) -> None:
         self._slots.pop(ticket, None)
         if self._socket is None:
-            self._socket = zmq.Context.instance().socket(zmq.DEALER)
-            self._socket.setsockopt(zmq.LINGER, 0)
-            self._socket.connect(self._keeper)
+            self._socket = dial(self._keeper)
         try:
             self._socket.send(msgspec.msgpack.encode(Release(ticket=ticket)), zmq.NOBLOCK)
         except zmq.Again:
