@@ -42,13 +42,18 @@ class Answered:
         meta = self.attempts[-1].event(-1).get("meta_info", {}) if self.tokens else {}
         return meta.get("kevlar", {}).get("redirects", 0)
 
-    def had(self, at: float) -> int:
-        """Tokens that its client had seen at a time."""
-        return max((count for when, count in self._seen() if when <= at), default=0)
-
-    def further_than(self, count: int, after: float) -> float | None:
-        """When it first had more than ``count`` tokens after a time."""
-        return min((when for when, reached in self._seen() if reached > count and when > after), default=None)
+    def longest_wait(self, after: float) -> float | None:
+        """For a token that its client did not have, from a time on; None when the whole answer never came."""
+        if self.finished is None:
+            return None
+        most, last, longest = 0, after, 0.0
+        for when, count in sorted(each for stream in self.attempts for each in _progress(stream)):
+            if count > most:
+                most = count
+                if when > after:
+                    longest = max(longest, when - last)
+                    last = when
+        return longest
 
     def token_times(self) -> list[float]:
         """When its client got each token, those that it had got in an attempt before included."""
@@ -59,9 +64,6 @@ class Answered:
                 times += [when] * (count - before)
                 before = count
         return times
-
-    def _seen(self) -> list[tuple[float, int]]:
-        return [each for stream in self.attempts for each in _progress(stream)]
 
     def stands_at(self, at: float) -> bool:
         """Whether it was being answered then."""

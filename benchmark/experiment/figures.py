@@ -28,8 +28,8 @@ class Run:
     latency: list[float | None] = field(default_factory=list)
     #: seconds per token of the attempt that ended well
     tpot: list[float] = field(default_factory=list)
-    #: of requests that the kill hit: from the kill until their client had one token more than it had then
-    resumed_after: list[float | None] = field(default_factory=list)
+    #: of requests that the kill hit: the longest wait for a token that the client did not have, from the kill on
+    stalled: list[float | None] = field(default_factory=list)
     #: by kind, of all attempts
     failures: dict[str, int] = field(default_factory=dict)
     changed: int = 0
@@ -68,8 +68,7 @@ def collect(
     for one in answers:
         hit = one.stands_at(killed) and (one.redirects > 0 or len(one.attempts) > 1)
         if hit:
-            further = one.further_than(one.had(killed), killed)
-            run.resumed_after.append(None if further is None else further - killed)
+            run.stalled.append(one.longest_wait(killed))
     run.failures = dict(failures)
     run.tokens.sort()
     return run

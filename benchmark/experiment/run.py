@@ -114,14 +114,14 @@ async def _whole(system: System, deadline: float) -> float | None:
 
 
 def table(runs: list[Run]) -> str:
-    head = ["requests/s", "system", "latency, s", "TTFT, s", "time per token, ms", "resumed after, s"]
+    head = ["requests/s", "system", "latency, s", "TTFT, s", "time per token, ms", "stalled, s"]
     head += ["capacity back, s", "failed attempts", "never answered", "other answers"]
     rows = []
     for run in runs:
         failures = {kind: count for kind, count in run.failures.items() if kind != "never answered"}
         back = "never" if run.whole_after is None else f"{run.whole_after:.1f}"
         cells = [_pair(mean_p99(run.latency)), _pair(mean_p99(run.ttft)), _pair(mean_p99(run.tpot), 1e3, 1)]
-        cells += [_pair(mean_p99(run.resumed_after)) if run.resumed_after else "none was hit", back]
+        cells += [_pair(mean_p99(run.stalled)) if run.stalled else "none was hit", back]
         cells += [", ".join(f"{count} {kind}" for kind, count in sorted(failures.items())) or "0"]
         rows.append(
             [f"{run.rate:g}", run.system, *cells, run.failures.get("never answered", 0), run.changed],
@@ -136,11 +136,11 @@ def ratios(runs: list[Run]) -> str:
     for run in runs:
         if run is not ours:
             values = []
-            for name in ("latency", "ttft", "resumed_after"):
+            for name in ("latency", "ttft", "stalled"):
                 theirs, own = mean_p99(getattr(run, name)), mean_p99(getattr(ours, name))
-                values += [f"{a / b:.1f}x" if b else "-" for a, b in zip(theirs, own, strict=True)]
+                values += [f"{a / b:.1f}x" if b > 0 and a >= 0 else "-" for a, b in zip(theirs, own, strict=True)]
             rows.append([f"{run.rate:g}", run.system, *values])
-    head = ["requests/s", "system", "latency", "p99", "TTFT", "p99", "resumed after", "p99"]
+    head = ["requests/s", "system", "latency", "p99", "TTFT", "p99", "stalled", "p99"]
     return report.markdown(head, rows)
 
 
