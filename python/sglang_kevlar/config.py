@@ -61,7 +61,8 @@ def _one_of(choices: Sequence[str]) -> Callable[[str], str | None]:
     return lambda value: None if value in choices else f"must be one of {', '.join(choices)}, got {value!r}"
 
 
-_TRANSPORTS = get_args(get_type_hints(KevlarArgs)["shadow_transport"])
+_HINTS = get_type_hints(KevlarArgs)
+_TRANSPORTS, _WARM_STARTS = get_args(_HINTS["shadow_transport"]), get_args(_HINTS["warm_start"])
 
 _FLAGS: dict[str, _Flag] = {
     "worker_groups": _Flag(
@@ -95,6 +96,12 @@ _FLAGS: dict[str, _Flag] = {
     ),
     "error_budget": _Flag("Internal errors of one group within --error-window that make it down.", _at_least(1)),
     "error_window": _Flag("Seconds over which --error-budget counts.", _positive),
+    "warm_start": _Flag(
+        "auto: each group keeps a process that has imported SGLang, of which its ranks and detokenizer are forked. "
+        "Where they cannot be, and with off, every start repeats the imports.",
+        _one_of(_WARM_STARTS),
+        f"{{{','.join(_WARM_STARTS)}}}",
+    ),
     "restart_backoff": _Flag(
         "Seconds before the first restart of a dead group; doubled at every further failure.", _not_negative
     ),

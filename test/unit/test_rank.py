@@ -9,19 +9,16 @@ import sys
 
 import pytest
 
-#: `worker.rank` with an incarnation that imports SGLang's output streamer and goes no further
+#: the imports of a rank, without those of what its arguments need
 INTERVAL = """
-from sglang_kevlar.platform import torchvision_shim
-from sglang_kevlar.worker import rank
+from types import SimpleNamespace
+from sglang_kevlar.upstream import saved_args
+from sglang_kevlar.worker import bootstrap
 
-class Incarnation:
-    def load_upstream(self):
-        torchvision_shim.install()
-        from sglang.srt.managers.scheduler_components import output_streamer
-        print(output_streamer.DEFAULT_FORCE_STREAM_INTERVAL)
-        raise SystemExit
-
-rank._run(Incarnation(), 0)
+saved_args.load = lambda path: None
+bootstrap.import_upstream(SimpleNamespace(server_args_file=""))
+from sglang.srt.managers.scheduler_components import output_streamer
+print(output_streamer.DEFAULT_FORCE_STREAM_INTERVAL)
 """
 
 

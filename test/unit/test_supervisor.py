@@ -4,168 +4,20 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
-import textwrap
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 
-import msgspec
 import pytest
-import zmq
+from supervised_group import LAUNCH_ID, Group, alive, eventually, pid_of
 
 from sglang_kevlar.launcher.process import identify
-from sglang_kevlar.protocol.group import GroupReport, KillGroup
-from sglang_kevlar.protocol.launch import EXIT_CONFIG, KevlarArgs, LaunchPlan, Paths, instance_id
-
-LAUNCH_ID = "00aa11bb"
-
-#: a member: leaves what real ones leave, then does what the test's file for it says
-MEMBER = """
-import json, os, socket, subprocess, sys, time
-from sglang_kevlar.launcher.process import die_with_parent
-die_with_parent()
-run_dir, group, epoch, name, ready_fd = sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4], int(sys.argv[6])
-channel = socket.socket(socket.AF_UNIX)
-channel.bind(f"{run_dir}/g{group}e{epoch}.{name}")
-open(f"/dev/shm/sglang_loads_kevlar-LAUNCH_ID-g{group}e{epoch}_{name}.shm", "w").close()
-def say(**message):
-    os.write(ready_fd, json.dumps(message).encode() + b"\\n")
-behaviour = f"{run_dir}/{name}.py"
-exec(open(behaviour).read())
-say(status="ready", max_req_input_len=7)
-time.sleep(1000)
-""".replace("LAUNCH_ID", LAUNCH_ID)
-
-SUPERVISOR = """
-import sys, msgspec
-from sglang_kevlar.launcher.process import die_with_parent
-die_with_parent()
-from sglang_kevlar.launcher.status import StatusWriter
-from sglang_kevlar.protocol.launch import LaunchPlan, Paths
-from sglang_kevlar.worker.supervisor import Supervisor
-run_dir, member, fail_fast, status_fd = sys.argv[1], sys.argv[2], sys.argv[3] == "1", int(sys.argv[4])
-paths = Paths(run_dir)
-plan = msgspec.json.decode(open(paths.plan, "rb").read(), type=LaunchPlan)
-commands = lambda epoch: {
-    name: [sys.executable, member, run_dir, "0", str(epoch), name] for name in ("rank0", "rank1", "detokenizer")
-}
-sys.exit(Supervisor(
-    paths, plan, 0, commands, status=StatusWriter(status_fd), exit_on_failed_start=fail_fast
-).run())
-"""
+from sglang_kevlar.protocol.launch import EXIT_CONFIG, instance_id
 
 
-class Group:
-    """A supervisor under test, and the frontend's end of its socket."""
-
-    def __init__(self, run_dir: Path) -> None:
-        self.run_dir = run_dir
-        self.paths = Paths(str(run_dir))
-        self.configure()
-        (run_dir / "member.script").write_text(MEMBER)
-        for name in ("rank0", "rank1", "detokenizer"):
-            self.behave(name, "")
-        self.context = zmq.Context()
-        self.listen()
-        self.process: subprocess.Popen[bytes] | None = None
-        self.status = b""
-        self.pids: set[int] = set()
-
-    def configure(self, **settings: float) -> None:
-        kevlar = KevlarArgs(**{"restart_backoff": 0.05, "restart_backoff_max": 0.4, **settings})
-        plan = LaunchPlan(
-            version=1, upstream="", launch_id=LAUNCH_ID, kevlar=kevlar, tp_size=2, pp_size=1, gpu_ids=[[0, 0]],
-            host="", port=0, server_args_file="",
-        )  # fmt: skip
-        Path(self.paths.plan).write_bytes(msgspec.json.encode(plan))
-
-    def behave(self, name: str, code: str) -> None:
-        (self.run_dir / f"{name}.py").write_text(textwrap.dedent(code))
-
-    def listen(self) -> None:
-        self.router = self.context.socket(zmq.ROUTER)
-        self.router.bind(self.paths.control)
-
-    def start(self, fail_fast: bool = False) -> None:
-        self._status_reader, writer = os.pipe()
-        script = [sys.executable, "-c", SUPERVISOR, str(self.run_dir), str(self.run_dir / "member.script")]
-        self.process = subprocess.Popen(
-            [*script, str(int(fail_fast)), str(writer)], pass_fds=[writer], stderr=subprocess.PIPE
-        )
-        os.close(writer)
-
-    def report(self, condition: Callable[[GroupReport], bool], timeout: float = 30) -> GroupReport:
-        """The next report that fulfils the condition."""
-        deadline = time.monotonic() + timeout
-        while self.router.poll(max(0, (deadline - time.monotonic()) * 1000)):
-            self.identity, data = self.router.recv_multipart()
-            report = msgspec.msgpack.decode(data, type=GroupReport)
-            self.pids |= {member.pid for member in report.members}
-            if condition(report):
-                return report
-        raise AssertionError("no such report")
-
-    def ready(self, after: int = 0) -> GroupReport:
-        return self.report(lambda r: r.phase == "ready" and r.epoch > after)
-
-    def kill_group(self, epoch: int, planned: bool = False) -> None:
-        message = KillGroup(group=0, epoch=epoch, cause="fenced by the test", planned=planned)
-        self.router.send_multipart([self.identity, msgspec.msgpack.encode(message)])
-
-    def wait(self) -> int:
-        assert self.process is not None
-        return self.process.wait(30)
-
-    def messages(self) -> list[dict[str, str]]:
-        data = b""
-        while chunk := os.read(self._status_reader, 65536):
-            data += chunk
-        return [msgspec.json.decode(line) for line in data.splitlines()]
-
-    def leftovers(self) -> list[str]:
-        """Files of epochs, in the run directory and in shared memory."""
-        return [path.name for path in self.run_dir.glob("g0e*")] + [
-            name for name in os.listdir("/dev/shm") if LAUNCH_ID in name
-        ]
-
-    def end(self) -> None:
-        if self.process is not None and self.process.poll() is None:
-            self.process.send_signal(signal.SIGCONT)
-            self.process.kill()
-            self.process.wait()
-        if self.process is not None and self.process.stderr is not None:
-            self.process.stderr.close()
-        self.router.close(linger=0)
-        self.context.term()
-        for name in os.listdir("/dev/shm"):
-            if LAUNCH_ID in name:
-                os.unlink(f"/dev/shm/{name}")
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-def eventually(condition: Callable[[], bool], timeout: float = 20) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, "did not happen"
-        time.sleep(0.02)
-
-
-def pid_of(report: GroupReport, name: str) -> int:
-    return next(member.pid for member in report.members if member.name == name)
-
-
-@pytest.fixture
-def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Group]:
+@pytest.fixture(params=[False, True], ids=["cold", "warm"])
+def group(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Group]:
     run_dir = tmp_path_factory.mktemp("g")
-    group = Group(run_dir)
+    group = Group(run_dir, warm=request.param)
     yield group
     group.end()
     eventually(lambda: not any(alive(pid) for pid in group.pids))
@@ -376,7 +228,7 @@ def test_stopped_supervisor_catches_up(group: Group) -> None:
     group.configure(start_timeout=3.0)
     group.behave("rank0", """time.sleep(1) if epoch == "1" else None""")
     group.start()
-    starting = group.report(lambda r: r.phase == "starting")
+    starting = group.report(lambda r: r.phase == "starting" and len(r.members) == 3)
     assert group.process is not None
     group.process.send_signal(signal.SIGSTOP)
     time.sleep(4)

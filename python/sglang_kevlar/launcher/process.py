@@ -13,13 +13,14 @@ import select
 import signal
 import subprocess
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import IO, NamedTuple
 
 #: pid of the process that started this one with `spawn`
 PARENT_ENV = "SGLANG_KEVLAR_PARENT"
 
 _PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
 #: seconds for what a dead process left to end by itself
 _LAST_WISH = 1.0
 
@@ -64,6 +65,11 @@ def die_with_parent() -> None:
         os._exit(1)
 
 
+def adopt_orphans() -> None:
+    """Become the parent of whatever processes below this one leave behind. They have to be reaped."""
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
 def open_pidfd(process: ProcessId) -> int | None:
     """A pidfd of exactly this process; None when it is gone."""
     try:
@@ -83,18 +89,20 @@ class Child:
     Until `reap` has returned its status the kernel keeps the pid, so signals cannot reach a stranger.
     """
 
-    def __init__(self, name: str, popen: subprocess.Popen[bytes]) -> None:
+    def __init__(self, name: str, pid: int, wait: Callable[[], int]) -> None:
+        """``wait`` returns the exit status (negative: the signal) when it has ended, and reaps it."""
         self.name = name
-        self.pid = popen.pid
-        self._popen = popen
-        self.pidfd = os.pidfd_open(popen.pid)
-        identity = identify(popen.pid)
+        self.pid = pid
+        self._wait = wait
+        self._status: int | None = None
+        self.pidfd = os.pidfd_open(pid)
+        identity = identify(pid)
         assert identity is not None, "a child that was not reaped has a /proc entry"
         self.identity = identity
 
     def signal(self, number: int) -> None:
         """Signal the process; nothing happens when it has ended."""
-        if self._popen.returncode is None:
+        if self._status is None:
             try:
                 signal.pidfd_send_signal(self.pidfd, number)
             except ProcessLookupError:
@@ -111,7 +119,7 @@ class Child:
         Only ask: Python's resource tracker, which removes named semaphores of a killed process, ignores SIGTERM and
         ends when it is done. `kill_recorded` takes care of others that do not listen.
         """
-        if self._popen.returncode is None:
+        if self._status is None:
             self.signal(signal.SIGKILL)
             try:
                 os.killpg(self.pid, signal.SIGTERM)
@@ -120,11 +128,11 @@ class Child:
 
     def reap(self) -> int | None:
         """The exit status (negative: the signal), or None while it runs."""
-        if self._popen.returncode is None and select.select([self.pidfd], [], [], 0)[0]:
+        if self._status is None and select.select([self.pidfd], [], [], 0)[0]:
             self.kill()
-            self._popen.wait()
+            self._status = self._wait()
             os.close(self.pidfd)
-        return self._popen.returncode
+        return self._status
 
 
 def spawn(
@@ -136,21 +144,27 @@ def spawn(
     environment: Mapping[str, str] | None = None,
 ) -> Child:
     """Start ``command``. Only from the main thread: a parent-death signal follows the thread, not the process."""
-    return Child(
-        name,
-        subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stderr=stderr,
-            pass_fds=pass_fds,
-            start_new_session=True,
-            env={**(os.environ if environment is None else environment), PARENT_ENV: str(os.getpid())},
-        ),
+    popen = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stderr=stderr,
+        pass_fds=pass_fds,
+        start_new_session=True,
+        env={**(os.environ if environment is None else environment), PARENT_ENV: str(os.getpid())},
     )
+    return Child(name, popen.pid, popen.wait)
+
+
+def adopted(name: str, pid: int) -> Child:
+    """A child that another process forked for us, and left to us (`adopt_orphans`)."""
+    return Child(name, pid, lambda: os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 
 
 def reap_adopted(own: Collection[int]) -> None:
-    """Reap ended children that are not ``own``: as process 1 of a container we inherit everyone's orphans."""
+    """Reap ended children that are not ``own``: orphans that became ours.
+
+    As process 1 of a container we inherit everyone's, otherwise only after `adopt_orphans`.
+    """
     while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is not None:
         if ended.si_pid in own:
             return  # it is reaped by its owner; what is behind it, at the next signal

@@ -36,6 +36,8 @@ class KevlarArgs(msgspec.Struct, frozen=True, kw_only=True):
     #: internal errors of one group within error_window that make it down
     error_budget: int = 8
     error_window: float = 30.0
+    #: whether members are forked of a process that has the imports behind it (`worker.warm_start`)
+    warm_start: Literal["auto", "off"] = "auto"
     restart_backoff: float = 0.5
     restart_backoff_max: float = 30.0
     #: deadline of a control request (flush, weight update, ...) in every group

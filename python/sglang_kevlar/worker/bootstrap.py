@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from sglang.srt.server_args import PortArgs, ServerArgs
 
 
+#: tokens between two reports of a request that is not sent as a stream: more than any answer has
+_NEVER = 1 << 62
+
+
 class Incarnation:
     """This process: a member of one epoch of one worker group."""
 
@@ -40,20 +44,13 @@ class Incarnation:
 
     def load_upstream(self) -> ServerArgs:
         """Import SGLang with our plug-ins, verified, and load what the launcher resolved."""
-        from sglang_kevlar.platform import torchvision_shim
-        from sglang_kevlar.upstream import patches, saved_args
-
         name_semaphores(self.instance_id)
-        patches.install()
-        torchvision_shim.install()
-        server_args = saved_args.load(self.plan.server_args_file)
+        server_args = import_upstream(self.plan)
 
-        from sglang.srt.plugins import load_plugins
         from sglang.srt.utils import set_ulimit
 
         from sglang_kevlar.upstream import contract, plugin
 
-        load_plugins()
         contract.check(self.role)
         plugin.verify_applied()
         # Both are inherited from the parent where upstream's parent starts this process.
@@ -86,6 +83,24 @@ class Incarnation:
 
         labels = {**(get_observability().extra_metric_labels or {}), "worker_group": str(self.group)}
         get_context().override("sglang_kevlar", extra_metric_labels=labels)
+
+
+def import_upstream(plan: LaunchPlan) -> ServerArgs:
+    """Import SGLang with our plug-ins, and load what the launcher resolved."""
+    from sglang_kevlar.platform import torchvision_shim
+    from sglang_kevlar.upstream import patches, saved_args
+
+    # Read once, when upstream is imported. Only requests that could not be continued elsewhere are not sent as streams
+    # (`frontend.in_flight`): with nothing said before their end they are simply run again.
+    os.environ["SGLANG_FORCE_STREAM_INTERVAL"] = str(_NEVER)
+    patches.install()
+    torchvision_shim.install()
+    server_args = saved_args.load(plan.server_args_file)
+
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    return server_args
 
 
 def name_semaphores(owner: str) -> None:

@@ -9,26 +9,24 @@ from collections.abc import Sequence
 from sglang_kevlar.launcher.process import describe_exit, spawn
 from sglang_kevlar.launcher.status import StatusReader
 from sglang_kevlar.worker.stderr import MemberStderr
+from sglang_kevlar.worker.warm_start import WarmStart
 
 
 class Member:
     """A rank or a detokenizer, from its start to its end."""
 
-    def __init__(self, name: str, command: Sequence[str]) -> None:
+    def __init__(self, name: str, command: Sequence[str], warm: WarmStart | None) -> None:
         self.name = name
         self.ready = False
         #: what it said when it became ready
         self.init_info: dict[str, object] | None = None
         self.stderr = MemberStderr()
         self._status = StatusReader()
-        self.process = spawn(
-            name,
-            [*command, "--ready-fd", str(self._status.writer)],
-            pass_fds=[self._status.writer],
-            stderr=self.stderr.writer,
-        )
+        ready, stderr = self._status.writer, self.stderr.writer
+        forked = None if warm is None else warm.fork(name, command, stderr, ready)
+        self.process = forked or spawn(name, [*command, "--ready-fd", str(ready)], pass_fds=[ready], stderr=stderr)
         self.stderr.close_writer()
-        os.close(self._status.writer)
+        os.close(ready)
 
     @property
     def ready_fd(self) -> int:

@@ -22,10 +22,6 @@ if TYPE_CHECKING:
     from sglang_kevlar.shadow.rank import RankShadow
 
 
-#: tokens between two reports of a request that is not sent as a stream: more than any answer has
-_NEVER = 1 << 62
-
-
 class _ReadyPipe:
     """Stands in for the pipe through which upstream's scheduler process reports its initialisation."""
 
@@ -63,9 +59,6 @@ def _scheduler_class(incarnation: Incarnation, rank: int) -> type[Scheduler]:
 
 
 def _run(incarnation: Incarnation, rank: int) -> bool:
-    # Read once, when upstream is imported. Only requests that could not be continued elsewhere are not sent as streams
-    # (`frontend.in_flight`): with nothing said before their end they are simply run again.
-    os.environ["SGLANG_FORCE_STREAM_INTERVAL"] = str(_NEVER)
     server_args = incarnation.load_upstream()
     # Upstream binds a rank to its NUMA node by numactl in front of the interpreter, or, with this, from inside.
     os.environ["SGLANG_NUMA_BIND_V2"] = "0"

@@ -1,8 +1,9 @@
 """``python -m sglang_kevlar.worker.supervisor``: the parent of one worker group.
 
-Starts the group's ranks and detokenizer, and when any of them ends, kills the others and starts the next epoch.
-It imports neither torch nor sglang, so it is there in a moment and has little to die of. Single-threaded: a
-parent-death signal follows the thread that started the child.
+Starts the group's ranks and detokenizer, and when any of them ends, kills the others and starts the next epoch, by
+forks of a process that has the imports behind it (`worker.template`). It imports neither torch nor sglang itself, so
+it is there in a moment and has little to die of. Single-threaded: a parent-death signal follows the thread that
+started the child.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import zmq
 
 from sglang_kevlar.control.backoff import Backoff
 from sglang_kevlar.control.detection import CALM_INTERVAL, EpochWatch, Observation
-from sglang_kevlar.launcher.process import identify, record
+from sglang_kevlar.launcher.process import adopt_orphans, identify, reap_adopted, record
 from sglang_kevlar.launcher.rundir import end_recorded
 from sglang_kevlar.launcher.status import EXIT_FAILED_START, StatusWriter
 from sglang_kevlar.protocol.group import REPORT_INTERVAL, GroupPhase, GroupReport, KillGroup, ProcessRef
@@ -35,6 +36,7 @@ from sglang_kevlar.worker import group_files
 from sglang_kevlar.worker.free_port import free_port
 from sglang_kevlar.worker.member import Member
 from sglang_kevlar.worker.stderr import PassThrough
+from sglang_kevlar.worker.warm_start import WarmStart
 
 #: seconds between SIGTERM and SIGKILL at shutdown
 _STOP_TIMEOUT = 5.0
@@ -55,6 +57,7 @@ class Supervisor:
         group: int,
         commands: Commands,
         *,
+        template: Sequence[str] | None = None,
         status: StatusWriter | None = None,
         exit_on_failed_start: bool = False,
     ) -> None:
@@ -70,7 +73,7 @@ class Supervisor:
         self._self_ref = ProcessRef("supervisor", *identity)
 
         self._epoch = 0
-        self._phase: GroupPhase = "down"
+        self._phase: GroupPhase = "starting"
         self._members: dict[str, Member] = {}
         self._cause = ""
         self._failed_starts = 0
@@ -89,6 +92,7 @@ class Supervisor:
         self._terminal = PassThrough()
         self._control = self._connect()
         self._wakeup = self._catch_signals()
+        self._warm = WarmStart(template, plan.kevlar.start_timeout, self._log, self._watch, self._unwatch)
 
     # -- the loop
 
@@ -96,8 +100,12 @@ class Supervisor:
         """Until SIGTERM, or a failure that another try cannot cure. Returns the exit status."""
         self._clean_up()  # after a previous supervisor that was killed
         self._epoch = group_files.read_epoch(self._paths, self._group)
+        adopt_orphans()
         while not self._finished():
             now = time.monotonic()
+            if self._stop_deadline is None and (template := self._warm.step()) is not None:
+                # Not under the name of the group, whose processes end with their epoch.
+                record(self._paths.processes, f"template{self._group}", template.identity)
             if self._may_start(now):
                 self._start()
             if now >= self._next_report:
@@ -107,6 +115,7 @@ class Supervisor:
                 if (handler := self._handlers.get(source)) is not None:
                     handler()
             self._check_deadlines()
+        self._warm.end()
         self._phase = "stopped"
         self._report()
         self._control.close(linger=200)
@@ -117,13 +126,15 @@ class Supervisor:
         return not self._members and (self._stop_deadline is not None or self._exit_status != 0)
 
     def _may_start(self, now: float) -> bool:
-        return not self._members and self._stop_deadline is None and now >= self._next_start
+        if self._members or self._stop_deadline is not None or now < self._next_start:
+            return False
+        return not self._warm.importing
 
     def _timeout_ms(self) -> int:
-        deadlines = [self._next_report, self._quit_deadline]
+        deadlines = [self._next_report, self._quit_deadline, self._warm.next_deadline]
         if self._phase == "starting":
             deadlines += [self._start_deadline, time.monotonic() + CALM_INTERVAL]
-        if not self._members:
+        if not self._members and not self._warm.importing:
             deadlines.append(self._next_start)
         if self._stop_deadline is not None:
             deadlines.append(self._stop_deadline)
@@ -142,7 +153,7 @@ class Supervisor:
             # Of a group that serves, the frontend watches this.
             stopped = frozenset(m.name for m in self._members.values() if m.process.stopped())
             if (loss := self._start_watch.observe(Observation({}, stopped), now)) is not None:
-                self._end_epoch(loss.cause)
+                self._end_epoch(loss.cause, by_itself=False)
         if now >= self._quit_deadline:
             self._quit_deadline = float("inf")
             if self._members and not self._ending:
@@ -168,8 +179,9 @@ class Supervisor:
         self._start_deadline = time.monotonic() + self._plan.kevlar.start_timeout
         self._quit_deadline = float("inf")
         self._start_watch = EpochWatch(self._plan.kevlar, time.monotonic())
+        self._warm.begin()
         for name, command in self._commands(self._epoch).items():
-            member = Member(name, command)
+            member = Member(name, command, self._warm)
             record(self._paths.processes, f"g{self._group}.{name}", member.process.identity)
             self._members[name] = member
             self._watch(member.process.pidfd, partial(self._on_exit, member))
@@ -190,6 +202,7 @@ class Supervisor:
         elif all(m.ready for m in self._members.values()):
             self._phase, self._ready_at = "ready", time.monotonic()
             self._failed_starts = 0
+            self._warm.succeeded()
             for each in self._members.values():
                 each.stderr.forget()
             self._report()
@@ -222,7 +235,8 @@ class Supervisor:
         if status == EXIT_CONFIG:
             self._exit_status = EXIT_CONFIG
         if not self._ending:
-            self._end_epoch(member.describe_exit(status))
+            by_itself = status not in (-signal.SIGKILL, -signal.SIGTERM)
+            self._end_epoch(member.describe_exit(status), by_itself=by_itself)
         self._unwatch(member.ready_fd)
         self._unwatch(member.stderr.fileno())
         member.close()
@@ -231,20 +245,26 @@ class Supervisor:
         if not self._members:
             self._on_epoch_gone()
 
-    def _end_epoch(self, cause: str, planned: bool = False) -> None:
-        """The group is lost: say so, kill what is left of it, and plan the next start."""
+    def _end_epoch(self, cause: str, *, planned: bool = False, by_itself: bool = True) -> None:
+        """The group is lost: say so, kill what is left of it, and plan the next start.
+
+        ``by_itself``: nobody from outside ended it.
+        """
         now = time.monotonic()
         self._ending = True
         self._phase, self._cause = "down", cause
         if self._ready_at is None and not planned:
             self._failed_starts += 1
+            if by_itself:
+                self._warm.failed()
         delay = 0.0 if planned else self._backoff.failed(0.0 if self._ready_at is None else now - self._ready_at)
         self._next_start = now + delay
         if self._stop_deadline is None:
             for member in self._members.values():
                 member.process.kill()
             self._log(f"epoch {self._epoch} ended: {cause}; next start in {delay:g} s")
-            if self._exit_on_failed_start and self._ready_at is None and not self._exit_status:
+            failed = self._ready_at is None and not self._warm.suspect
+            if self._exit_on_failed_start and failed and not self._exit_status:
                 self._exit_status = EXIT_FAILED_START
         self._report()
 
@@ -286,7 +306,7 @@ class Supervisor:
             return
         current = message.group == self._group and message.epoch == self._epoch
         if current and self._members and not self._ending:
-            self._end_epoch(message.cause, message.planned)
+            self._end_epoch(message.cause, planned=message.planned, by_itself=False)
 
     def _report(self) -> None:
         now = time.monotonic()
@@ -320,11 +340,13 @@ class Supervisor:
         signal.signal(signal.SIGQUIT, lambda *_: None)
         signal.signal(signal.SIGINT, lambda *_: None)
         signal.signal(signal.SIGTERM, lambda *_: None)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
         self._watch(ours.fileno(), self._on_signal)
         return ours
 
     def _on_signal(self) -> None:
         numbers = self._wakeup.recv(64)
+        self._reap_adopted()
         if signal.SIGQUIT in numbers and self._members and not self._ending:
             self._quit_deadline = min(self._quit_deadline, time.monotonic() + _QUIT_GRACE)
         if signal.SIGTERM in numbers and self._stop_deadline is None:
@@ -333,6 +355,14 @@ class Supervisor:
             self._phase, self._cause = "stopped", "shutdown"
             for member in self._members.values():
                 member.process.signal(signal.SIGTERM)
+
+    def _reap_adopted(self) -> None:
+        """What members left behind, and what forked them."""
+        own = {member.process.pid for member in self._members.values()} | self._warm.pids
+        try:
+            reap_adopted(own)
+        except ChildProcessError:
+            pass  # no children at all
 
     def _log(self, text: str) -> None:
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
@@ -365,11 +395,13 @@ def main() -> int:
     paths = Paths(args.run_dir)
     with open(paths.plan, "rb") as file:
         plan = msgspec.json.decode(file.read(), type=LaunchPlan)
+    template = [sys.executable, "-m", "sglang_kevlar.worker.template", "--run-dir", paths.run_dir]
     supervisor = Supervisor(
         paths,
         plan,
         args.group,
         engine_commands(paths, plan, args.group),
+        template=template if plan.kevlar.warm_start == "auto" else None,
         status=None if args.status_fd is None else StatusWriter(args.status_fd),
         exit_on_failed_start=args.exit_on_failed_start,
     )

@@ -1,0 +1,174 @@
+"""``python -m sglang_kevlar.worker.template``: SGLang, imported once, of which the members of a group are forked.
+
+Imports are most of what a restart takes. This process does nothing else, so a fork of it is a process that has just
+imported: no second thread, no child, no CUDA. Where that cannot be had it says so, and members are started cold.
+
+It is asked over a socket: ``{"module": "...", "argv": [...]}`` with three descriptors: the member's standard error,
+what it says about its start, and a pipe with a byte that lets it go on. It answers ``{"pid": N}`` or
+``{"error": "..."}``. A member is orphaned at once, which makes it a child of the supervisor
+(`launcher.process.adopt_orphans`); without the byte it ends, for then nobody knows of it.
+"""
+
+from __future__ import annotations
+
+from sglang_kevlar.launcher.process import die_with_parent
+
+if __name__ == "__main__":
+    die_with_parent()
+
+import argparse
+import gc
+import importlib
+import json
+import os
+import socket
+import sys
+from typing import NoReturn
+
+import msgspec
+
+from sglang_kevlar.protocol.launch import LaunchPlan, Paths
+
+#: a message and the descriptors with it
+MESSAGE_LIMIT = 1 << 16
+DESCRIPTORS = 3
+#: what OMP_NUM_THREADS is for the members, "" when it is not set. Here it is 1: a pool of threads does not survive a
+#: fork, and torch makes one when it is imported
+OMP_ENV = "SGLANG_KEVLAR_OMP_NUM_THREADS"
+#: modules whose ``main`` a member may run
+MEMBERS = ("sglang_kevlar.worker.rank", "sglang_kevlar.worker.detokenizer")
+#: what a member imports until it is ready, with all it takes along
+_IMPORTS = (
+    "sglang.srt.managers.scheduler",
+    "sglang.srt.managers.detokenizer_manager",
+    "sglang.srt.models.registry",
+    "sglang_kevlar.worker.scheduler",
+    "sglang_kevlar.shadow.rank",
+)
+
+
+def why_not_forkable() -> str | None:
+    """What of this process would not be whole in a fork of it."""
+    if len(threads := os.listdir("/proc/self/task")) > 1:
+        return f"the imports have started {len(threads) - 1} threads"
+    with open(f"/proc/self/task/{threads[0]}/children") as file:
+        if children := file.read().split():
+            return f"the imports have started {len(children)} processes"
+    if driver := [name for name in _open_files() if name.startswith(("/dev/nvidia-uvm", "/dev/kfd"))]:
+        return f"the imports have initialised the GPU driver ({driver[0]} is open)"
+    return None
+
+
+def _open_files() -> list[str]:
+    names = []
+    for descriptor in os.listdir("/proc/self/fd"):
+        try:
+            names.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        except FileNotFoundError:
+            pass  # the one of the listing itself
+    return names
+
+
+def serve(channel: socket.socket) -> None:
+    """Say whether this process can be forked, then fork what is asked for until the other end is closed."""
+    gc.collect()
+    gc.freeze()  # a collection in a fork would copy every page it looks at
+    reason = why_not_forkable()
+    channel.send(json.dumps({"unfit": reason} if reason else {"ready": True}).encode())
+    while reason is None:
+        data, descriptors, _, _ = socket.recv_fds(channel, MESSAGE_LIMIT, DESCRIPTORS)
+        if not data:
+            return
+        try:
+            answer: dict[str, object] = {"pid": _fork(channel, data, descriptors)}
+        except Exception as error:
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+        channel.send(json.dumps(answer).encode())
+
+
+def _fork(channel: socket.socket, data: bytes, descriptors: list[int]) -> int:
+    """The pid of a new member, which is the supervisor's child when this returns."""
+    request = json.loads(data)
+    module, argv = request["module"], list(request["argv"])
+    if module not in MEMBERS:
+        raise ValueError(f"{module} is no member of a group")
+    if len(descriptors) != DESCRIPTORS:
+        raise ValueError(f"{len(descriptors)} descriptors instead of {DESCRIPTORS}")
+    reader, writer = os.pipe()
+    between = os.fork()
+    if between == 0:
+        # Its only task is to die, which leaves the member to the supervisor.
+        member = os.fork()
+        if member == 0:
+            os.close(reader)
+            os.close(writer)
+            channel.close()
+            _become(module, argv, *descriptors)
+        os.write(writer, str(member).encode())
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as told:
+        pid = told.read()
+    os.waitpid(between, 0)
+    if not pid:
+        raise OSError("the fork failed")
+    return int(pid)
+
+
+def _become(module: str, argv: list[str], stderr: int, ready: int, go: int) -> NoReturn:
+    """Run ``module`` as if this process had been started with it; never returns."""
+    status = 1
+    try:
+        os.setsid()
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        if not os.read(go, 1):
+            os._exit(1)
+        os.close(go)
+        die_with_parent()
+        _restore_threads()
+        sys.argv = [module, *argv, "--ready-fd", str(ready)]
+        importlib.import_module(module).main()
+        status = 0
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _restore_threads() -> None:
+    """As many threads to compute with as a process that starts cold has."""
+    wanted = os.environ.pop(OMP_ENV)
+    if wanted:
+        os.environ["OMP_NUM_THREADS"] = wanted
+    else:
+        del os.environ["OMP_NUM_THREADS"]
+    first = wanted.partition(",")[0].strip()
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.set_num_threads(int(first) if first.isdecimal() and int(first) else len(os.sched_getaffinity(0)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--run-dir", required=True)
+    parser.add_argument("--channel-fd", type=int, required=True)
+    args = parser.parse_args()
+    channel = socket.socket(fileno=args.channel_fd)
+    channel.set_inheritable(False)
+    with open(Paths(args.run_dir).plan, "rb") as file:
+        plan = msgspec.json.decode(file.read(), type=LaunchPlan)
+
+    from sglang_kevlar.worker.bootstrap import import_upstream
+
+    import_upstream(plan)
+    for module in (*_IMPORTS, *MEMBERS):
+        importlib.import_module(module)
+    serve(channel)
+
+
+if __name__ == "__main__":
+    main()
