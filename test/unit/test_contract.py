@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
 import textwrap
 import types
@@ -96,9 +97,19 @@ def test_what_moved_is_named(source, target, expected, said):
     assert problem.startswith(said)
 
 
-@pytest.mark.parametrize("role", ["prepare", "frontend", "rank", "detokenizer", "cpu"])
+@pytest.mark.parametrize("role", ["prepare", "frontend", "rank", "detokenizer"])
 def test_the_installed_version_holds(role):
     contract.check(role)
+
+
+def test_the_installed_version_holds_for_the_cpu_platform():
+    """In a process of its own: importing what the others use applies what that platform changes."""
+    code = (
+        "from sglang_kevlar.platform import torchvision_shim; torchvision_shim.install()\n"
+        "from sglang_kevlar.upstream import contract; contract.check('cpu')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_both_readers_agree_on_the_installed_version():

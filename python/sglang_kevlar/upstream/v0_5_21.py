@@ -335,6 +335,8 @@ _WORKER_SEAMS = (
         passes="server_args port_args detokenizer_manager_class",
     ),
     _seam("srt.managers.detokenizer_manager:DetokenizerManager", _DETOKENIZER, fields="_request_dispatcher"),
+    # What our template process imports, of which ranks are forked.
+    _seam("srt.models.registry:ModelRegistry", _RANK),
     *_methods(
         "srt.managers.detokenizer_manager:DetokenizerManager",
         _DETOKENIZER,

@@ -37,14 +37,6 @@ DESCRIPTORS = 3
 OMP_ENV = "SGLANG_KEVLAR_OMP_NUM_THREADS"
 #: modules whose ``main`` a member may run
 MEMBERS = ("sglang_kevlar.worker.rank", "sglang_kevlar.worker.detokenizer")
-#: what a member imports until it is ready, with all it takes along
-_IMPORTS = (
-    "sglang.srt.managers.scheduler",
-    "sglang.srt.managers.detokenizer_manager",
-    "sglang.srt.models.registry",
-    "sglang_kevlar.worker.scheduler",
-    "sglang_kevlar.shadow.rank",
-)
 
 
 def why_not_forkable() -> str | None:
@@ -152,6 +144,15 @@ def _restore_threads() -> None:
         torch.set_num_threads(int(first) if first.isdecimal() and int(first) else len(os.sched_getaffinity(0)))
 
 
+def _import_the_rest() -> None:
+    """What members import until they are ready, with all that it takes along."""
+    from sglang.srt.managers import detokenizer_manager, scheduler  # noqa: F401
+    from sglang.srt.models import registry  # noqa: F401  (every model class)
+
+    for module in (*MEMBERS, "sglang_kevlar.worker.scheduler", "sglang_kevlar.shadow.rank"):
+        importlib.import_module(module)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--run-dir", required=True)
@@ -165,8 +166,7 @@ def main() -> None:
     from sglang_kevlar.worker.bootstrap import import_upstream
 
     import_upstream(plan)
-    for module in (*_IMPORTS, *MEMBERS):
-        importlib.import_module(module)
+    _import_the_rest()
     serve(channel)
 
 
