@@ -13,13 +13,26 @@ from client import Answered
 WINDOW = 5.0
 
 
+@dataclass(frozen=True)
+class Kill:
+    """Times are CLOCK_MONOTONIC seconds."""
+
+    at: float
+    #: seconds
+    detected_after: float | None
+    whole: float | None
+
+
 @dataclass
 class Run:
     """One system at one rate, through one kill. Times are seconds after the first arrival could have come."""
 
     system: str
     rate: float
-    killed_at: float
+    #: None: nothing was killed
+    killed_at: float | None
+    #: from the kill until the loss was known; None: nobody says it
+    detected_after: float | None
     #: from the kill until all workers served again; None: they did not
     whole_after: float | None
     arrived: list[float] = field(default_factory=list)
@@ -46,10 +59,12 @@ def collect(
     answers: Sequence[Answered],
     reference: Sequence[list[int]],
     begin: float,
-    killed: float,
-    whole: float | None,
+    kill: Kill | None,
 ) -> Run:
-    run = Run(system, rate, killed - begin, None if whole is None else whole - killed)
+    run = Run(system, rate, None, None, None)
+    if kill is not None:
+        run.killed_at, run.detected_after = kill.at - begin, kill.detected_after
+        run.whole_after = None if kill.whole is None else kill.whole - kill.at
     failures: Counter[str] = Counter()
     for one in answers:
         failures.update(one.failures)
@@ -65,10 +80,9 @@ def collect(
         if len(one.tokens) > 1:
             run.tpot.append((last.times[-1] - last.times[0]) / (len(one.tokens) - 1))
         run.changed += one.tokens != reference[one.number]
-    for one in answers:
-        hit = one.stands_at(killed) and (one.redirects > 0 or len(one.attempts) > 1)
-        if hit:
-            run.stalled.append(one.longest_wait(killed))
+    if kill is not None:
+        hit = [one for one in answers if one.stands_at(kill.at) and (one.redirects > 0 or len(one.attempts) > 1)]
+        run.stalled = [one.longest_wait(kill.at) for one in hit]
     run.failures = dict(failures)
     run.tokens.sort()
     return run

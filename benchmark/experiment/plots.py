@@ -13,9 +13,10 @@ from matplotlib import pyplot
 
 
 def draw(runs: Sequence[Run], path: Path) -> None:
-    """All of one rate."""
+    """All of one rate, each with a kill."""
     figure, (above, below) = pyplot.subplots(2, 1, sharex=True, figsize=(9, 6.5), layout="constrained")
     for run in runs:
+        assert run.killed_at is not None
         at, ttft = rolling_ttft(run)
         above.plot(at - run.killed_at, ttft, label=run.system)
         at, tokens = throughput(run)

@@ -23,7 +23,7 @@ import aiohttp
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from client import Answered, answer
-from figures import Run, collect, mean_p99
+from figures import Kill, Run, collect, mean_p99
 from plots import draw
 from systems import Ours, Restarting, Router, System
 from workload import Ask, conversation, poisson, read_trace
@@ -67,25 +67,44 @@ async def undisturbed(url: str, asks: list[Ask], at_once: int = 8) -> list[list[
     return answers
 
 
-async def disturbed(
-    system: System, name: str, rate: float, asks: list[Ask], times: list[float], reference: list[list[int]]
+async def measure(
+    system: System,
+    name: str,
+    rate: float,
+    asks: list[Ask],
+    times: list[float],
+    reference: list[list[int]],
+    killing: bool,
 ) -> Run:
     begin = time.monotonic()
     deadline = begin + times[-1] + PATIENCE
     answers: list[Answered] = []
+    kill = None
     async with client_session() as session:
         clients = [
             asyncio.create_task(_client(session, system.url, number, ask, begin + at, deadline, answers))
             for number, (ask, at) in enumerate(zip(asks, times, strict=True))
         ]
-        await asyncio.sleep(KILL_AT)
-        await asyncio.to_thread(system.kill)
-        killed = time.monotonic()
-        whole = asyncio.create_task(_whole(system, deadline))
+        if killing:
+            await asyncio.sleep(KILL_AT)
+            kill = await _kill(system, deadline)
         await asyncio.gather(*clients)
-        whole_at = await whole
     answers.sort(key=lambda one: one.number)
-    return collect(name, rate, answers, reference, begin, killed, whole_at)
+    return collect(name, rate, answers, reference, begin, kill)
+
+
+async def _kill(system: System, deadline: float) -> Kill:
+    """Returns when all workers serve again, or at the deadline."""
+    await asyncio.to_thread(system.kill)
+    at, wall = time.monotonic(), time.time()
+    await asyncio.sleep(1.0)  # until it has been noticed that they do not
+    detected = await asyncio.to_thread(system.detected)
+    detected_after = None if detected is None else max(0.0, detected - wall)
+    while time.monotonic() < deadline:
+        if await asyncio.to_thread(system.whole):
+            return Kill(at, detected_after, time.monotonic())
+        await asyncio.sleep(0.1)
+    return Kill(at, detected_after, None)
 
 
 async def _client(
@@ -103,30 +122,31 @@ async def _client(
     await answer(session, url, answered, deadline)
 
 
-async def _whole(system: System, deadline: float) -> float | None:
-    """When all workers serve again."""
-    await asyncio.sleep(1.0)  # until it has been noticed that they do not
-    while time.monotonic() < deadline:
-        if await asyncio.to_thread(system.whole):
-            return time.monotonic()
-        await asyncio.sleep(0.2)
-    return None
-
-
 def table(runs: list[Run]) -> str:
-    head = ["requests/s", "system", "latency, s", "TTFT, s", "time per token, ms", "stalled, s"]
-    head += ["capacity back, s", "failed attempts", "never answered", "other answers"]
+    head = ["requests/s", "system", "latency, s", "TTFT, s", "time per token, ms", "failed attempts"]
+    head += ["never answered", "other answers"]
     rows = []
     for run in runs:
         failures = {kind: count for kind, count in run.failures.items() if kind != "never answered"}
-        back = "never" if run.whole_after is None else f"{run.whole_after:.1f}"
         cells = [_pair(mean_p99(run.latency)), _pair(mean_p99(run.ttft)), _pair(mean_p99(run.tpot), 1e3, 1)]
-        cells += [_pair(mean_p99(run.stalled)) if run.stalled else "none was hit", back]
         cells += [", ".join(f"{count} {kind}" for kind, count in sorted(failures.items())) or "0"]
         rows.append(
             [f"{run.rate:g}", run.system, *cells, run.failures.get("never answered", 0), run.changed],
         )
     return report.markdown(head, rows)
+
+
+def recovery(runs: list[Run]) -> str:
+    """From the kill on."""
+    head = ["requests/s", "system", "loss known, ms", "requests hit", "first of them goes on, s", "last, s"]
+    rows = []
+    for run in runs:
+        stalled = [float("inf") if one is None else one for one in run.stalled]
+        cells = ["-" if run.detected_after is None else f"{run.detected_after * 1e3:.0f}", len(stalled)]
+        cells += [f"{min(stalled):.2f}", f"{max(stalled):.2f}"] if stalled else ["-", "-"]
+        back = "never" if run.whole_after is None else f"{run.whole_after:.1f}"
+        rows.append([f"{run.rate:g}", run.system, *cells, back])
+    return report.markdown([*head, "all workers serve, s"], rows)
 
 
 def ratios(runs: list[Run]) -> str:
@@ -173,28 +193,34 @@ def main() -> None:
     runs: list[Run] = []
     with report.keeping("experiment", args, values) as machine:
         reference: list[list[int]] = []
-        for name, make in systems(args).items():
-            for rate, times in plans.items():
-                with tempfile.TemporaryDirectory(prefix="kevlar-bench-") as directory:
-                    system = make(Path(directory))
-                    try:
-                        system.wait_whole()
-                        if not reference:
-                            reference = asyncio.run(undisturbed(system.url, asks))
-                        part = asks[: len(times)]
-                        run = asyncio.run(disturbed(system, name, rate, part, times, reference))
-                    finally:
-                        system.close()
-                runs.append(run)
-                values[f"{name}, {rate:g}/s"] = run.to_json()
-                print(table([run]), file=sys.stderr, flush=True)
+
+        def run_once(name: str, make: Callable[[Path], System], rate: float, killing: bool) -> Run:
+            with tempfile.TemporaryDirectory(prefix="kevlar-bench-") as directory:
+                system = make(Path(directory))
+                try:
+                    system.wait_whole()
+                    if not reference:
+                        reference.extend(asyncio.run(undisturbed(system.url, asks)))
+                    times = plans[rate]
+                    run = asyncio.run(measure(system, name, rate, asks[: len(times)], times, reference, killing))
+                finally:
+                    system.close()
+            values[f"{name}, {rate:g}/s{'' if killing else ', nothing killed'}"] = run.to_json()
+            print(table([run]), file=sys.stderr, flush=True)
+            return run
+
+        made = systems(args)
+        runs = [run_once(name, make, rate, True) for name, make in made.items() for rate in plans]
+        middle = sorted(plans)[len(plans) // 2]
+        calm = [run_once(name, make, middle, False) for name, make in made.items()]
     runs.sort(key=lambda run: run.rate)
-    print(f"{report.describe(machine)}\n\nMean / p99.\n\n{table(runs)}\n")
+    print(f"{report.describe(machine)}\n\nMean / p99; a worker is killed.\n\n{table(runs)}\n")
+    print(f"From the kill on:\n\n{recovery(runs)}\n\nNothing is killed:\n\n{table(calm)}\n")
     for rate in plans:
         at_rate = [run for run in runs if run.rate == rate]
         path = report.RESULTS / f"experiment-{rate:g}.png"
         draw(at_rate, path)
-        print(f"{ratios(at_rate)}\n\n{path}\n")
+        print(f"How many times as much as ours:\n\n{ratios(at_rate)}\n\n{path}\n")
 
 
 if __name__ == "__main__":

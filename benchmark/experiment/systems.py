@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import os
 import signal
 import subprocess
@@ -33,6 +34,11 @@ class Ours:
         """SIGKILL the scheduler of the worker with most to do."""
         groups = self._server.status()["groups"]
         os.kill(max(groups, key=lambda group: group["running"])["pids"]["ranks"][0], signal.SIGKILL)
+
+    def detected(self) -> float | None:
+        """When the loss was known to whom it concerns, by the wall clock; None where nobody says it."""
+        record = self._server.status()["failovers"][-1]
+        return datetime.datetime.fromisoformat(record["at"]).timestamp()
 
     def close(self) -> None:
         self._server.__exit__()
@@ -82,6 +88,9 @@ class Restarting:
     def kill(self) -> None:
         self._worker.kill()
 
+    def detected(self) -> None:
+        return None
+
     def close(self) -> None:
         self._worker.close()
 
@@ -110,6 +119,9 @@ class Router:
 
     def kill(self) -> None:
         self._workers[0].kill()
+
+    def detected(self) -> None:
+        return None
 
     def close(self) -> None:
         self._process.terminate()
