@@ -13,7 +13,7 @@ import aiohttp
 import msgspec
 
 from sglang_kevlar.chaos.answers import Answer, End, Reference, judge
-from sglang_kevlar.chaos.scenario import Load, Range
+from sglang_kevlar.chaos.scenario import Load
 
 #: seconds before a client that was not let in tries again
 RETRY = 0.2
@@ -275,8 +275,3 @@ class Clients:
     def _finish(self, answer: Answer) -> None:
         known = self._references[answer.prompt] if self._references is not None else None
         answer.end, answer.detail = judge(answer.output, answer.asked, known, self._tie)
-
-
-def longest(output_tokens: Range) -> int:
-    """Tokens that a reference needs."""
-    return output_tokens[1]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from typing import Any
 
 import aiohttp
 import msgspec
@@ -194,8 +193,3 @@ class Watch:
         self.rejected_frames += rejected
         self.wrong_blocks += wrong
         self._record("shadow", group=group.id, resyncs=resyncs, rejected_frames=rejected, wrong_blocks=wrong)
-
-
-def describe(status: Status) -> dict[str, Any]:
-    """For a line of progress."""
-    return {f"g{group.id}": f"{group.state} {group.running}" for group in status.groups}
