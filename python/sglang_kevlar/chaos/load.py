@@ -133,6 +133,8 @@ class Clients:
         self._on_end = on_end
         self._stopping = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
+        #: of ours, for whoever calls `stop`
+        self._mistake: BaseException | None = None
         #: of an open loop: requests that were due while too many were under way
         self.unsent = 0
 
@@ -148,6 +150,8 @@ class Clients:
         self._stopping.set()
         while self._tasks:
             await asyncio.wait(self._tasks)
+        if self._mistake is not None:
+            raise self._mistake
 
     def cancel(self) -> None:
         self._stopping.set()
@@ -161,8 +165,8 @@ class Clients:
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            raise error
+        if not task.cancelled():
+            self._mistake = self._mistake or task.exception()
 
     async def _client(self, chance: random.Random) -> None:
         while not self._stopping.is_set():

@@ -17,6 +17,7 @@ class Disobeyed(Exception):
 
 def ask(endpoint: str, order: Order) -> Obeyed:
     """Waits for the answer, in a thread of the caller's choice. Raises Disobeyed."""
+    socket: zmq.Socket[bytes]
     with zmq.Context.instance().socket(zmq.REQ) as socket:
         socket.setsockopt(zmq.LINGER, 0)
         socket.connect(endpoint)

@@ -38,7 +38,7 @@ class Load(_Strict, frozen=True, kw_only=True):
     in_flight: Positive = 64
     #: how many prompts there are, and of how many tokens
     prompts: Annotated[int, Meta(ge=1, le=10_000)] = 24
-    prompt_tokens: Annotated[list[Positive], Meta(min_length=1)] = [20, 200, 600]
+    prompt_tokens: Annotated[tuple[Positive, ...], Meta(min_length=1)] = (20, 200, 600)
     #: share of the prompts that begin with half of another
     shared_prefix: Share = 0.5
     #: token ids of the prompts, least and most

@@ -9,7 +9,7 @@ import statistics
 from array import array
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -122,7 +122,7 @@ class Growth:
         if len(samples) >= SAMPLES:
             del samples[::2]
 
-    def largest(self, what: int) -> tuple[str, int] | None:
+    def largest(self, what: Literal[1, 2]) -> tuple[str, float] | None:
         """Name of the process and what it has gained since a quarter of its time; ``what``: 1 bytes, 2 files.
 
         None when none was watched long enough.
@@ -230,7 +230,7 @@ def _marked(tally: Tally, evidence: Evidence) -> Finding:
     return Finding("redirects_marked", demanded, found, 0 <= missing <= tally.unmarked, note)
 
 
-def _growth(check: str, largest: tuple[str, int] | None, bound: float, unit: int, name: str) -> Finding:
+def _growth(check: str, largest: tuple[str, float] | None, bound: float, unit: int, name: str) -> Finding:
     demanded = f"at most {bound:g}{name}"
     if largest is None:
         return Finding(check, demanded, "", None, f"no process was watched for {WARM:g} s")

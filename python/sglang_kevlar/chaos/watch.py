@@ -98,8 +98,6 @@ class Watch:
     async def start(self) -> None:
         """Raises Unreachable."""
         await self._look()
-        self._earlier = {(record.at, record.group) for record in self.status.failovers}
-        self.failovers.clear()
         self._task = asyncio.create_task(self._run())
 
     async def stop(self) -> None:
@@ -158,6 +156,8 @@ class Watch:
 
     def _compare(self, before: Status, now: Status) -> None:
         known = {group.id: group for group in before.groups}
+        if not known:
+            self._earlier = {(failover.at, failover.group) for failover in now.failovers}
         for group in now.groups:
             old = known.get(group.id)
             if old is None or (old.state, old.epoch) != (group.state, group.epoch):
