@@ -7,7 +7,7 @@ import time
 import zlib
 from array import array
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -33,8 +33,12 @@ from sglang_kevlar.protocol.shadow import (  # noqa: E402
 from sglang_kevlar.shadow.pool import Staged  # noqa: E402
 from sglang_kevlar.shadow.sender import Piece, ShadowSender, Target  # noqa: E402
 from sglang_kevlar.shadow.server import ShadowServer  # noqa: E402
+from sglang_kevlar.shadow.sockets import dial  # noqa: E402
 from sglang_kevlar.shadow.store import ShadowStore  # noqa: E402
 from sglang_kevlar.transport import Transport  # noqa: E402
+
+if TYPE_CHECKING:
+    from sglang_kevlar.shadow.rank import Line
 
 TOKENS = 4
 ORIGIN = ("adapter", "salt")
@@ -103,14 +107,24 @@ class Source:
         group: int = 0,
         epoch: int = 1,
         bandwidth: float = 0.0,
+        line: Line | None = None,
     ) -> None:
+        """``line``: instead of the plain one."""
         self.counters = ShadowCounters()
         self.counters_file = str(directory / f"g{group}e{epoch}.shadow")
         self.windows = 0
         self.group, self.epoch = group, epoch
         self._launch = launch
         self.sender = ShadowSender(
-            group, epoch, LAYOUT, bandwidth, transport, self._window, self.counters, self.counters_file
+            group,
+            epoch,
+            LAYOUT,
+            bandwidth,
+            transport if line is None else line.transport(transport),
+            self._window,
+            self.counters,
+            self.counters_file,
+            dial if line is None else line.dial,
         )
         #: the longest that the scheduler was held up, in CPU time: others use this machine too
         self.slowest = 0.0

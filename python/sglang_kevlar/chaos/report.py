@@ -14,7 +14,7 @@ from sglang_kevlar.chaos.verdict import Finding
 TIMELINE = "timeline.jsonl"
 VERDICT = "verdict.json"
 #: events that are of interest while it runs
-_SHOWN = ("fault", "missed", "no bite", "stuck", "unreachable", "reachable", "new frontend", "frames", "answer")
+_SHOWN = ("fault", "missed", "no bite", "stuck", "unreachable", "reachable", "new frontend", "frames")
 _WORDS = {True: "held", False: "VIOLATED", None: "not judged"}
 
 
@@ -25,6 +25,7 @@ class Report:
         directory.mkdir(parents=True, exist_ok=True)
         self._directory = directory
         self._began = time.monotonic()
+        (directory / VERDICT).unlink(missing_ok=True)
         self._file = (directory / TIMELINE).open("w", buffering=1)
 
     def __enter__(self) -> Report:
@@ -38,7 +39,7 @@ class Report:
         seconds = time.monotonic() - self._began
         at = datetime.now(UTC).isoformat(timespec="milliseconds")
         self._file.write(json.dumps({"t": round(seconds, 3), "at": at, "event": event, **values}) + "\n")
-        if event in _SHOWN:
+        if event in _SHOWN or (event == "answer" and values["end"] != "tie"):
             self.say(f"{event}: " + " ".join(f"{name}={value}" for name, value in values.items()))
 
     def say(self, text: str) -> None:

@@ -124,10 +124,9 @@ class Run:
         clients.start()
         try:
             await faults.run(scenario.duration, until, self._kills)
-            over = faults.last_at
-            patience = max(RETURN, scenario.checks.ready_within or 0.0)
-            ready = await watch.wait(Status.all_ready, patience)
-            ready_after = max(0.0, time.monotonic() - over) if ready else None
+            await watch.wait(Status.all_ready, max(RETURN, scenario.checks.ready_within or 0.0))
+            since = watch.all_ready_since
+            ready_after = None if since is None else max(0.0, since - faults.last_at)
             report.say("no more faults; waiting for the requests that are under way")
             await clients.stop()
         finally:
@@ -143,7 +142,7 @@ class Run:
             redirected=sum(record.redirected for record in watch.failovers.values()),
             uncounted="the frontend that counted them is gone" if watch.new_frontends else "",
             ready_after=ready_after,
-            stale=self._stale(processes, watch.status) if ready else None,
+            stale=self._stale(processes, watch.status) if since is not None else None,
             stuck=faults.stuck,
         )
         findings = verdict.judge(scenario.checks, self._tally, evidence)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
@@ -178,6 +179,13 @@ class Scenario(_Strict, frozen=True, kw_only=True):
     checks: Checks = msgspec.field(default_factory=Checks)
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 takes 1e-4 for a text; everybody else, for a number."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+e[-+]?\d+", re.I), list("-+0123456789"))
+
+
 def shipped() -> dict[str, str]:
     """Names of the scenarios that come with the package, and their descriptions."""
     directory = files("sglang_kevlar.chaos") / "scenarios"
@@ -202,7 +210,7 @@ def load(name: str) -> Scenario:
 def parse(text: str, file: str) -> Scenario:
     """Raises ScenarioError."""
     try:
-        content = yaml.safe_load(text)
+        content = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise ScenarioError(f"{file}: not YAML: {' '.join(str(error).split())}") from None
     try:

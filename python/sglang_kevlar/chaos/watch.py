@@ -83,6 +83,8 @@ class Watch:
         self.status = Status(uptime_s=0.0, groups=[], failovers=[])
         #: whether the last question was answered
         self.reachable = False
+        #: monotonic seconds; None while some group is not
+        self.all_ready_since: float | None = None
         #: those since `start`, by time and group
         self.failovers: dict[tuple[str, int], Failover] = {}
         self._earlier: set[tuple[str, int]] = set()
@@ -139,7 +141,7 @@ class Watch:
             ) as response:
                 content = await response.read()
         except (aiohttp.ClientError, TimeoutError) as error:
-            raise Unreachable(f"{self._url} does not answer: {error!r}") from None
+            raise Unreachable(f"{self._url} does not answer: {error or type(error).__name__}") from None
         if response.status != 200:
             raise Unreachable(f"{self._url}/kevlar/status: status {response.status}")
         try:
@@ -153,6 +155,10 @@ class Watch:
             self._record("new frontend")
         self._compare(self.status, status)
         self.status, self.reachable = status, True
+        if not status.all_ready():
+            self.all_ready_since = None
+        elif self.all_ready_since is None:
+            self.all_ready_since = time.monotonic()
 
     def _compare(self, before: Status, now: Status) -> None:
         known = {group.id: group for group in before.groups}
