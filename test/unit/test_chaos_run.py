@@ -41,7 +41,7 @@ def scenario(tmp_path: Path, **parts: Any) -> str:
     content: dict[str, Any] = {
         "description": "a test",
         "duration": 1.0,
-        "load": {"clients": 3, "prompts": 4, "prompt_tokens": [8], "output_tokens": [4, 20], "hung_after": 0.5},
+        "load": {"clients": 3, "prompts": 4, "prompt_tokens": [8], "output_tokens": [4, 20]},
         "faults": [],
         "checks": {"answers": "exact"},
     }
@@ -77,8 +77,9 @@ def test_right_answers_pass(server: FakeServer, tmp_path: Path) -> None:
 @pytest.mark.parametrize("harm", HARMS)
 @pytest.mark.parametrize("demanded", ["exact", "whole"])
 def test_no_harm_to_an_answer_goes_unnoticed(server: FakeServer, tmp_path: Path, harm: str, demanded: str) -> None:
-    harmed = scenario_after_references(server, harm)
-    status, verdict = harmed(tmp_path, checks={"answers": demanded})
+    server.harm = harm  # not to the references: it answers questions for log-probabilities rightly
+    load = {"hung_after": 0.5} if harm == "hung" else {}
+    status, verdict = run(server, tmp_path, load=load, checks={"answers": demanded})
     end = HARMS[harm]
     if harm == "changed" and demanded == "whole":
         assert status == 0, verdict  # it is complete, and nobody asked for the tokens
@@ -87,12 +88,6 @@ def test_no_harm_to_an_answer_goes_unnoticed(server: FakeServer, tmp_path: Path,
     else:
         assert status == 1 and found(verdict, "answers") is False, verdict
         assert verdict["requests"].get(end), verdict
-
-
-def scenario_after_references(server: FakeServer, harm: str) -> Any:
-    """References are asked for by log-probabilities, which the server always answers rightly."""
-    server.harm = harm
-    return lambda tmp_path, **parts: run(server, tmp_path, **parts)
 
 
 @pytest.mark.parametrize("harm", ["status", "error"])

@@ -69,11 +69,9 @@ class Run:
             watch = Watch(http, self._url, self._report.record)
             try:
                 await watch.start()
-                processes = self._processes(watch.status)
+                return await self._with(http, watch, self._processes(watch.status))
             except (Unreachable, NotHere) as error:
                 raise CannotRun(str(error)) from None
-            try:
-                return await self._with(http, watch, processes)
             finally:
                 await watch.stop()
 
