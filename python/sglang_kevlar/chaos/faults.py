@@ -153,7 +153,7 @@ class Faults:
         # One goes, another has to stay.
         wanted = len(self._watch.status.groups) if fault.waits else 2
         patience = READY_TIMEOUT
-        if until is not None:
+        if until is not None and fault.every is not None:  # one with ``at`` is done, if late
             patience = min(patience, max(0.0, until - time.monotonic()))
         reached = asyncio.create_task(self._watch.wait(lambda status: len(status.ready()) >= wanted, patience))
         await self._unless_stopped(asyncio.wait((reached,)))
