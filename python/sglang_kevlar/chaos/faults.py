@@ -85,6 +85,8 @@ class Faults:
         self.kills = 0
         #: faults for which there was no process, or that the rank refused
         self.missed = 0
+        #: frames of the shadow that were harmed, by rank and kind of harm
+        self._harmed_by: dict[ProcessId, dict[str, int]] = {}
         #: why no more faults could be done; "" while they can
         self.stuck = ""
         #: when the last of them was over, monotonic seconds
@@ -94,6 +96,13 @@ class Faults:
 
     def stop(self) -> None:
         self._stopping.set()
+
+    def frames_harmed(self) -> dict[str, int]:
+        """By kind of harm; of ranks that died soon after, perhaps too few."""
+        total: Counter[str] = Counter()
+        for harmed in self._harmed_by.values():
+            total.update(harmed)
+        return dict(total)
 
     def lost_with_frontend(self, started: float, ended: float) -> bool:
         return any(died <= ended and started <= replaced for died, replaced in self.frontends)
@@ -282,6 +291,7 @@ class Faults:
             except Disobeyed as error:
                 self._record("frames", group=target.group, reason=str(error))
                 return
+            self._harmed_by[target.process] = account.harmed
             if account.to_harm == 0 or time.monotonic() > deadline:
                 self._record("frames", group=target.group, harmed=account.harmed, left=account.to_harm)
                 return

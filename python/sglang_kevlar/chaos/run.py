@@ -222,6 +222,7 @@ class Run:
                 "detect_ms_max": detection[-1] if detection else None,
             },
             "shadow": {
+                "frames_harmed": faults.frames_harmed(),
                 "resyncs": watch.resyncs,
                 "rejected_frames": watch.rejected_frames,
                 "wrong_blocks": watch.wrong_blocks,
