@@ -17,7 +17,7 @@ from sglang_kevlar.chaos.faults import READY_TIMEOUT, Faults
 from sglang_kevlar.chaos.load import Clients, make_prompts, reference, session
 from sglang_kevlar.chaos.processes import NotHere, Processes
 from sglang_kevlar.chaos.report import Report
-from sglang_kevlar.chaos.scenario import ORDERS, Kill, Scenario
+from sglang_kevlar.chaos.scenario import DISRUPTIVE, ORDERS, Scenario
 from sglang_kevlar.chaos.verdict import Evidence, Growth, Tally
 from sglang_kevlar.chaos.watch import Status, Unreachable, Watch
 
@@ -87,8 +87,7 @@ class Run:
                 raise CannotRun(f"faults[{number}].group: {group}, but the server has {len(status.groups)} groups")
             if isinstance(fault, ORDERS) and not processes.plan.kevlar.allow_chaos:
                 raise CannotRun(f"faults[{number}] needs the help of the ranks: start the server with --allow-chaos")
-            alone = fault.waits or not fault.allow_total_loss
-            if isinstance(fault, Kill) and len(status.groups) < 2 and alone and not fault.allow_total_loss:
+            if isinstance(fault, DISRUPTIVE) and len(status.groups) < 2 and not fault.allow_total_loss:
                 raise CannotRun(f"faults[{number}] would take the server's only group (allow_total_loss)")
         return processes
 
