@@ -208,7 +208,7 @@ class Faults:
         if isinstance(fault.group, int):
             return [groups[fault.group]]
         choose = max if fault.group == "busiest" else min
-        serving = [group for group in groups if group.state == "ready"] or groups
+        serving = [group for group in groups if group.serves] or groups
         return [choose(serving, key=lambda group: group.running)]
 
     def _target(self, fault: Any, group: Group, kind: Process, draw: float) -> Target:
@@ -301,7 +301,7 @@ class Faults:
 
         def lost(status: Any) -> bool:
             now = status.groups[group]
-            return bool(now.epoch != epoch or now.state != "ready")
+            return bool(now.epoch != epoch or not now.serves)
 
         if await self._watch.wait(lost, patience):
             self.bitten += 1

@@ -211,7 +211,7 @@ class Clients:
         except TimeoutError:
             answer.end, answer.detail = "hung", f"nothing for {self._load.hung_after:g} s"
         except aiohttp.ClientError as error:
-            answer.end, answer.detail = "cut", repr(error)[:SAID]
+            answer.end, answer.detail = "cut", f"{type(error).__name__}: {error}"[:SAID]
         answer.ended = time.monotonic()
         if answer.end in ("cut", "hung", "refused") and self._lost_with_frontend(answer.started, answer.ended):
             answer.end = "frontend"

@@ -71,6 +71,7 @@ class Tally:
 
     def __init__(self, record: Callable[..., None]) -> None:
         self._record = record
+        self._told = 0
         self.ends: Counter[str] = Counter()
         self.tokens = 0
         self.redirects = 0
@@ -90,7 +91,8 @@ class Tally:
         if answer.streamed and answer.first_token is not None:
             (self.moved_stalls if answer.redirects else self.stalls).add(answer.stall)
             self.first_tokens.add(answer.first_token - answer.started)
-        if answer.end not in ("complete", "left") and sum(self.ends.values()) - self.ends["complete"] <= TOLD:
+        if answer.end not in ("complete", "left", "frontend") and self._told < TOLD:
+            self._told += 1
             self._record(
                 "answer",
                 end=answer.end,

@@ -41,6 +41,11 @@ class Group(msgspec.Struct):
     cause: str = ""
     shadow: _Shadow | None = None
 
+    @property
+    def serves(self) -> bool:
+        """Also while something about it is suspicious."""
+        return self.state in ("ready", "suspect")
+
 
 class Failover(msgspec.Struct):
     """Of the status; its counts grow until all its requests have gone on."""
@@ -179,9 +184,9 @@ class Watch:
                 self.failovers[key] = failover
 
     def _time_return(self, group: Group, old: Group | None) -> None:
-        if group.state == "ready" and group.id in self._lost_at:
+        if group.serves and group.id in self._lost_at:
             self.returns.append(time.monotonic() - self._lost_at.pop(group.id))
-        elif old is not None and old.state == "ready":
+        elif old is not None and old.serves and not group.serves:
             self._lost_at.setdefault(group.id, time.monotonic())
 
     def _count(self, group: Group, shadow: _Shadow) -> None:
