@@ -33,7 +33,6 @@ from sglang_kevlar.protocol.shadow import (  # noqa: E402
 from sglang_kevlar.shadow.pool import Staged  # noqa: E402
 from sglang_kevlar.shadow.sender import Piece, ShadowSender, Target  # noqa: E402
 from sglang_kevlar.shadow.server import ShadowServer  # noqa: E402
-from sglang_kevlar.shadow.sockets import dial  # noqa: E402
 from sglang_kevlar.shadow.store import ShadowStore  # noqa: E402
 from sglang_kevlar.transport import Transport  # noqa: E402
 
@@ -124,7 +123,7 @@ class Source:
             self._window,
             self.counters,
             self.counters_file,
-            dial if line is None else line.dial,
+            None if line is None else line.dial,
         )
         #: the longest that the scheduler was held up, in CPU time: others use this machine too
         self.slowest = 0.0

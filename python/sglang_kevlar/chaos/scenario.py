@@ -115,7 +115,7 @@ class Starve(_AtProcess, frozen=True, kw_only=True, tag_field="do", tag="starve"
 
 
 class Memory(_Fault, frozen=True, kw_only=True, tag_field="do", tag="memory"):
-    """Memory of the host is taken until only ``leave`` GiB are available."""
+    """Memory is taken until only ``leave`` GiB are available: of the host, also where a container has less."""
 
     seconds: Seconds
     leave: Annotated[float, Meta(ge=0.25)]

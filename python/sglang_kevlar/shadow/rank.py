@@ -24,7 +24,6 @@ from sglang_kevlar.shadow.promote import Promoter
 from sglang_kevlar.shadow.sender import ShadowSender, Target
 from sglang_kevlar.shadow.server import ShadowServer
 from sglang_kevlar.shadow.shelf import SharedStore
-from sglang_kevlar.shadow.sockets import dial
 from sglang_kevlar.shadow.store import ShadowStore
 from sglang_kevlar.transport import Transport, TransportError, choose
 from sglang_kevlar.worker.resume import ShadowPlanReq
@@ -112,7 +111,7 @@ class RankShadow:
             lambda: window_name(place.plan.launch_id, group, epoch, rank, next(windows)),
             self.counters,
             paths.shadow_counters(group, epoch, rank),
-            dial if line is None else line.dial,
+            None if line is None else line.dial,
         )
         tree = scheduler.tree_cache
         self.exporter = Exporter(
