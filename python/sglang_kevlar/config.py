@@ -136,6 +136,11 @@ _FLAGS: dict[str, _Flag] = {
         _share,
         "SHARE",
     ),
+    "allow_chaos": _Flag(
+        "For staging: ranks take orders of python -m sglang_kevlar.chaos to raise, to hang, and to harm frames of the "
+        "shadow.",
+        lambda _: None,
+    ),
 }
 
 
@@ -148,6 +153,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(GROUP_TITLE, "Worker groups and failover.")
     for field in msgspec.structs.fields(KevlarArgs):
         flag = _FLAGS[field.name]
+        if field.default is False:
+            group.add_argument(_option(field.name), action="store_true", help=flag.help)
+            continue
         kind = str if field.default is None else type(field.default)
         shown = "" if field.default is None else f" Default: {field.default if kind is str else f'{field.default:g}'}."
         group.add_argument(
@@ -166,7 +174,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def _own_options() -> dict[str, bool]:
     """Option string -> takes a value."""
-    return {_option(field): True for field in KevlarArgs.__struct_fields__} | {"--stock": False}
+    fields = msgspec.structs.fields(KevlarArgs)
+    return {_option(field.name): field.default is not False for field in fields} | {"--stock": False}
 
 
 def _separate(argv: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -7,7 +7,7 @@ import time
 import zlib
 from array import array
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -35,6 +35,9 @@ from sglang_kevlar.shadow.sender import Piece, ShadowSender, Target  # noqa: E40
 from sglang_kevlar.shadow.server import ShadowServer  # noqa: E402
 from sglang_kevlar.shadow.store import ShadowStore  # noqa: E402
 from sglang_kevlar.transport import Transport  # noqa: E402
+
+if TYPE_CHECKING:
+    from sglang_kevlar.shadow.rank import Line
 
 TOKENS = 4
 ORIGIN = ("adapter", "salt")
@@ -103,14 +106,24 @@ class Source:
         group: int = 0,
         epoch: int = 1,
         bandwidth: float = 0.0,
+        line: Line | None = None,
     ) -> None:
+        """``line``: instead of the plain one."""
         self.counters = ShadowCounters()
         self.counters_file = str(directory / f"g{group}e{epoch}.shadow")
         self.windows = 0
         self.group, self.epoch = group, epoch
         self._launch = launch
         self.sender = ShadowSender(
-            group, epoch, LAYOUT, bandwidth, transport, self._window, self.counters, self.counters_file
+            group,
+            epoch,
+            LAYOUT,
+            bandwidth,
+            transport if line is None else line.transport(transport),
+            self._window,
+            self.counters,
+            self.counters_file,
+            None if line is None else line.dial,
         )
         #: the longest that the scheduler was held up, in CPU time: others use this machine too
         self.slowest = 0.0

@@ -33,6 +33,11 @@ def test_flags_of_sglang_pass_through_in_order_and_ours_are_taken_out():
     assert rest == ["--model-path", "m", "--lora-paths", "a=x", "b=y", "--tp-size", "2"]
 
 
+def test_a_switch_takes_no_value():
+    args, rest = config.split_args(["--allow-chaos", "--worker-groups", "3", "m"])
+    assert args == KevlarArgs(allow_chaos=True, worker_groups=3) and rest == ["m"]
+
+
 def test_defaults_are_those_of_the_protocol():
     assert config.split_args([]) == (KevlarArgs(), [])
 

@@ -54,6 +54,8 @@ class KevlarArgs(msgspec.Struct, frozen=True, kw_only=True):
     shadow_transport: Literal["shm", "mooncake"] = "shm"
     #: share of the promotions that are computed instead, and compared
     shadow_audit: float = 0.0
+    #: ranks take orders of `sglang_kevlar.chaos`
+    allow_chaos: bool = False
 
 
 class LaunchPlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -100,7 +102,7 @@ class Paths:
         return f"{self.run_dir}/g{group}e{epoch}.rank{rank}.shadow"
 
     def channel(self, group: int, epoch: int, name: str) -> str:
-        """ZMQ endpoint of one incarnation; ``name``: tokenizer, scheduler, detokenizer, rpc, metrics, shadow0, ..."""
+        """ZMQ endpoint of one incarnation; ``name``: tokenizer, scheduler, detokenizer, rpc, shadow0, chaos0, ..."""
         return f"ipc://{self.run_dir}/g{group}e{epoch}.{name}"
 
 

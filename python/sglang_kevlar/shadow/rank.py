@@ -7,8 +7,9 @@ import logging
 import math
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
+import zmq
 from sglang.srt.managers.io_struct import FlushCacheReqInput
 from sglang.srt.runtime_context import get_parallel
 
@@ -24,7 +25,7 @@ from sglang_kevlar.shadow.sender import ShadowSender, Target
 from sglang_kevlar.shadow.server import ShadowServer
 from sglang_kevlar.shadow.shelf import SharedStore
 from sglang_kevlar.shadow.store import ShadowStore
-from sglang_kevlar.transport import TransportError, choose
+from sglang_kevlar.transport import Transport, TransportError, choose
 from sglang_kevlar.worker.resume import ShadowPlanReq
 
 if TYPE_CHECKING:
@@ -73,10 +74,18 @@ class Place:
         return self.paths.channel(self.group, self.epoch, f"shadow{rank}")
 
 
+class Line(Protocol):
+    """What the sender's frames and bytes travel by, where that is not the plain one (`worker.sabotage`)."""
+
+    def transport(self, transport: Transport) -> Transport: ...
+
+    def dial(self, endpoint: str) -> zmq.Socket[bytes]: ...
+
+
 class RankShadow:
     """Everything but the threads' inner life is called by the scheduler, on its thread."""
 
-    def __init__(self, scheduler: Scheduler, place: Place) -> None:
+    def __init__(self, scheduler: Scheduler, place: Place, line: Line | None = None) -> None:
         args, paths, layout = place.plan.kevlar, place.paths, place.layout
         group, epoch, rank = place.group, place.epoch, place.rank
         capacity = min(
@@ -98,10 +107,11 @@ class RankShadow:
             epoch,
             layout,
             args.shadow_bandwidth * 1e6,
-            transport,
+            transport if line is None else line.transport(transport),
             lambda: window_name(place.plan.launch_id, group, epoch, rank, next(windows)),
             self.counters,
             paths.shadow_counters(group, epoch, rank),
+            None if line is None else line.dial,
         )
         tree = scheduler.tree_cache
         self.exporter = Exporter(
@@ -178,9 +188,15 @@ class RankShadow:
 
 
 def start(
-    scheduler: Scheduler, plan: LaunchPlan, paths: Paths, group: int, epoch: int, rank: int
+    scheduler: Scheduler,
+    plan: LaunchPlan,
+    paths: Paths,
+    group: int,
+    epoch: int,
+    rank: int,
+    line: Line | None = None,
 ) -> tuple[RankShadow | None, Promoter | None]:
-    """The second alone at a rank whose KV another one keeps for it.
+    """The second alone at a rank whose KV another one keeps for it. ``line``: instead of the plain one.
 
     None of both when there cannot be a shadow: requests are then computed again at a failover, and the log says why.
     """
@@ -201,7 +217,7 @@ def start(
         if place.keeper != rank:
             store = SharedStore(place.endpoint(place.keeper), place.layout.block_bytes)
             return None, _promoter(scheduler, place, store, ShadowCounters())
-        shadow = RankShadow(scheduler, place)
+        shadow = RankShadow(scheduler, place, line)
         return shadow, shadow.promoter
     except (ValueError, TransportError) as reason:
         logger.warning("KV is not shadowed: %s. A request of a lost worker group is computed again.", reason)

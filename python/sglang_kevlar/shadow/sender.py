@@ -100,6 +100,7 @@ class ShadowSender:
         new_window: Callable[[], str],
         counters: ShadowCounters,
         counters_file: str,
+        dial_instead: Callable[[str], zmq.Socket[bytes]] | None = None,
     ) -> None:
         """``bandwidth``: bytes a second, 0 for no limit. ``new_window``: a name for a window, another at each call."""
         self._group, self._epoch = group, epoch
@@ -120,6 +121,7 @@ class ShadowSender:
         self._staged_lock = threading.Lock()
         self._wanted: Target | None = None
         self._wake = os.eventfd(0, os.EFD_NONBLOCK)
+        self._dial = dial_instead
         self._socket: zmq.Socket[bytes] | None = None
         self._session = ""
         self._window: Outgoing | None = None
@@ -255,7 +257,7 @@ class ShadowSender:
             logger.error("no window for a shadow: %s", error)
             return
         self._session = name
-        self._socket = dial(target.endpoint)
+        self._socket = (self._dial or dial)(target.endpoint)
         self._say(
             Hello(
                 session=name,

@@ -7,9 +7,9 @@ import zmq
 MAX_FRAME_BYTES = 16 << 20
 
 
-def dial(endpoint: str) -> zmq.Socket[bytes]:
+def dial(endpoint: str, socket_class: type[zmq.Socket[bytes]] = zmq.Socket) -> zmq.Socket[bytes]:
     """To the store of a rank, which need not be there yet."""
-    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+    socket: zmq.Socket[bytes] = socket_class(zmq.Context.instance(), zmq.DEALER)
     socket.setsockopt(zmq.LINGER, 0)
     socket.connect(endpoint)
     return socket

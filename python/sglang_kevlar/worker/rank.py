@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from sglang_kevlar.shadow.promote import Promoter
     from sglang_kevlar.shadow.rank import RankShadow
+    from sglang_kevlar.worker.sabotage import OrderTaker
 
 
 class _ReadyPipe:
@@ -37,13 +38,16 @@ def _scheduler_class(incarnation: Incarnation, rank: int) -> type[Scheduler]:
     from sglang_kevlar.shadow import rank as shadow
     from sglang_kevlar.worker.scheduler import KevlarScheduler
 
+    orders = _orders(incarnation, rank) if incarnation.plan.kevlar.allow_chaos else None
+
     class RankScheduler(KevlarScheduler):
         started: RankScheduler | None = None
         heartbeat = incarnation.heartbeat
 
         def start_shadow(self) -> tuple[RankShadow | None, Promoter | None]:
             place = (incarnation.group, incarnation.epoch, rank)
-            return shadow.start(self, incarnation.plan, incarnation.paths, *place)
+            line = None if orders is None else orders.frames
+            return shadow.start(self, incarnation.plan, incarnation.paths, *place, line)
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             try:
@@ -55,7 +59,17 @@ def _scheduler_class(incarnation: Incarnation, rank: int) -> type[Scheduler]:
             type(self).started = self
             self.heartbeat.idle()
 
-    return RankScheduler
+    if orders is None:
+        return RankScheduler
+    from sglang_kevlar.worker.sabotage import obedient
+
+    return obedient(RankScheduler, orders)
+
+
+def _orders(incarnation: Incarnation, rank: int) -> OrderTaker:
+    from sglang_kevlar.worker.sabotage import OrderTaker
+
+    return OrderTaker(incarnation.paths.channel(incarnation.group, incarnation.epoch, f"chaos{rank}"))
 
 
 def _run(incarnation: Incarnation, rank: int) -> bool:
