@@ -203,12 +203,13 @@ class Faults:
         groups = self._watch.status.groups
         if fault.group == "all":
             return groups
-        if fault.group == "random":
-            return [groups[int(draw * len(groups))]]
         if isinstance(fault.group, int):
             return [groups[fault.group]]
-        choose = max if fault.group == "busiest" else min
+        # What does not serve has nothing to lose.
         serving = [group for group in groups if group.serves] or groups
+        if fault.group == "random":
+            return [serving[int(draw * len(serving))]]
+        choose = max if fault.group == "busiest" else min
         return [choose(serving, key=lambda group: group.running)]
 
     def _target(self, fault: Any, group: Group, kind: Process, draw: float) -> Target:
