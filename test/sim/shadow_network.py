@@ -7,12 +7,10 @@ import itertools
 from collections import deque
 from collections.abc import Callable
 
-import msgspec
 import numpy as np
 import zmq
 from faults import Faults
 
-from sglang_kevlar.protocol.shadow import Parcel
 from sglang_kevlar.transport import TransportError
 
 #: messages that a socket keeps for a reader that does not read
@@ -38,9 +36,6 @@ class Network:
         self.stores: dict[str, StoreSocket] = {}
         #: pairs (from, to) of groups between which nothing passes; one way
         self.cut: set[tuple[int, int]] = set()
-        #: first blocks whose frame was damaged: their name cannot be checked by the store, and they may have arrived
-        #: under one that nobody asks for
-        self.renamed: set[bytes] = set()
         self._way: list[tuple[float, int, Callable[[], None]]] = []
         #: when the last message of a way arrives, if it was held up
         self._last: dict[tuple[int, int], float] = {}
@@ -56,6 +51,9 @@ class Network:
             return
         if faults.strike(f"{kind} cut short", 0.004):
             data = data[: faults.random.randrange(len(data))]
+        if faults.strike(f"{kind} damaged", 0.004):
+            at = faults.random.randrange(len(data))
+            data = data[:at] + bytes([data[at] ^ (1 << faults.random.randrange(8))]) + data[at + 1 :]
         if faults.strike(f"{kind} delayed", 0.3):
             late = faults.random.choice([0.06, 0.06, 0.2, 1.0])
         if faults.strike(f"{kind} doubled", 0.015):
@@ -131,14 +129,6 @@ class SourceSocket:
             raise zmq.Again
         if store is None:
             return
-        faults = self.network.faults
-        # Of parcels alone: what a hello says of itself is no more checked than on any other network.
-        if b"parcel" in data[:24] and faults.strike("frame damaged", 0.004):
-            parcel = msgspec.msgpack.decode(data, type=Parcel)
-            if parcel.parent is None:
-                self.network.renamed.add(parcel.keys[0])
-            at = faults.random.randrange(len(data))
-            data = data[:at] + bytes([data[at] ^ (1 << faults.random.randrange(8))]) + data[at + 1 :]
 
         def arrive(data: bytes) -> None:
             store.peers[self.name] = self

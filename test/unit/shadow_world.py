@@ -15,6 +15,7 @@ import torch
 import zmq
 
 from sglang_kevlar.platform import torchvision_shim
+from sglang_kevlar.shadow.sockets import frame, unframe
 
 torchvision_shim.install()
 
@@ -241,7 +242,7 @@ class Peer:
         )
 
     def say(self, message: ToStore) -> None:
-        self.raw(msgspec.msgpack.encode(message))
+        self.raw(frame(message))
 
     def raw(self, *frames: bytes) -> None:
         self._socket.send_multipart(frames)
@@ -249,7 +250,7 @@ class Peer:
     def hears(self, seconds: float = 3.0) -> FromStore | None:
         if not self._socket.poll(seconds * 1000):
             return None
-        message = msgspec.msgpack.decode(self._socket.recv(), type=FromStore)
+        message = unframe(self._socket.recv(), msgspec.msgpack.Decoder(FromStore))
         if isinstance(message, Accept):
             self.window.accepted(message.window)
             self._accepted = True
@@ -335,7 +336,7 @@ class Proxy:
                     behind[name] = context.socket(zmq.DEALER)
                     behind[name].connect(self._behind)
                     poller.register(behind[name], zmq.POLLIN)
-                message = msgspec.msgpack.decode(data, type=ToStore)
+                message = unframe(data, msgspec.msgpack.Decoder(ToStore))
                 self.seen.append(message)
                 for part in self.harm(message, data):
                     behind[name].send(part)

@@ -19,6 +19,7 @@ from sglang_kevlar.protocol.shadow import (
     Resync,
 )
 from sglang_kevlar.shadow import sender as sender_module
+from sglang_kevlar.shadow.sockets import frame
 from sglang_kevlar.transport import TransportError
 from sglang_kevlar.transport import mooncake as mooncake_module
 from sglang_kevlar.transport import shared_memory as shm_module
@@ -58,14 +59,14 @@ class Swap:
 
 
 def change(**changes):
-    return lambda message, data: [msgspec.msgpack.encode(msgspec.structs.replace(message, **changes))]
+    return lambda message, data: [frame(msgspec.structs.replace(message, **changes))]
 
 
 HARMS = {
     "truncated": lambda message, data: [data[:-3]],
     "garbage": lambda message, data: [os.urandom(50)],
     "empty": lambda message, data: [b""],
-    "not of the union": lambda message, data: [msgspec.msgpack.encode({"type": "parcels", "session": "x"})],
+    "not of the union": lambda message, data: [frame({"type": "parcels", "session": "x"})],
     "twice": lambda message, data: [data, data],
     "lost": lambda message, data: [],
     "of another session": change(session="another"),
@@ -137,7 +138,7 @@ def test_a_parcel_of_an_older_session_is_of_no_effect(world):
     eventually(lambda: source.sender.link is None)
     source.to(proxy).linked()
     lies = msgspec.structs.replace(old, keys=[b"lie"] * len(old.keys))
-    done = proxy.once(Parcel, lambda message, data: [msgspec.msgpack.encode(lies), data])
+    done = proxy.once(Parcel, lambda message, data: [frame(lies), data])
     source.send(sequence(2, 4))
     assert done.is_set()
     assert store.counters.rejected_frames == 1 and source.counters.resyncs == 0

@@ -27,6 +27,7 @@ from sglang_kevlar.protocol.shadow import (
 from sglang_kevlar.shadow import sender as sender_module
 from sglang_kevlar.shadow import server as server_module
 from sglang_kevlar.shadow.shelf import SharedStore
+from sglang_kevlar.shadow.sockets import frame
 from sglang_kevlar.transport import TransportError
 from sglang_kevlar.transport import shared_memory as shm_module
 
@@ -422,7 +423,7 @@ def test_nonsense_from_strangers_costs_nobody_anything(world):
     good, stranger = world.peer(store, group=0), world.peer(store, group=1)
     assert isinstance(good.ask(good.hello), Accept)
     dice = random.Random(1)
-    valid = msgspec.msgpack.encode(stranger.parcel(sequence(2, 2), 0))
+    valid = frame(stranger.parcel(sequence(2, 2), 0))
     for _ in range(200):
         data = bytearray(valid)
         data[dice.randrange(len(data))] ^= 1 << dice.randrange(8)
@@ -430,7 +431,7 @@ def test_nonsense_from_strangers_costs_nobody_anything(world):
         stranger.raw(*[dice.randbytes(dice.randrange(5)) for _ in range(dice.randrange(1, 4))])
     stranger.say(Ended(session=stranger.session, sequence=0, request=b"r"))
     stranger.say(Forget(session=stranger.session, sequence=0))
-    stranger.raw(msgspec.msgpack.encode(stranger.hello), b"")
+    stranger.raw(frame(stranger.hello), b"")
     eventually(lambda: store.counters.rejected_frames == 403)
     stolen = good.parcel(sequence(3, 1), 0)
     stranger.say(stolen)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import msgspec
 
-SHADOW_VERSION = 4
+SHADOW_VERSION = 5
 
 
 class Layout(msgspec.Struct, frozen=True, kw_only=True):

@@ -26,7 +26,7 @@ from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang_kevlar.control.shadow_index import Origin
 from sglang_kevlar.control.shadow_keys import KeyChain, root_key
 from sglang_kevlar.protocol.shadow import Held, Lookup, ShadowCounters, Shelf
-from sglang_kevlar.shadow.sockets import dial
+from sglang_kevlar.shadow.sockets import dial, frame, unframe
 from sglang_kevlar.shadow.store import ShadowStore
 from sglang_kevlar.worker.resume import ResumedGenerateReqInput
 
@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 LOOKUP_TIMEOUT, CHECK_RATE = 0.5, 5e8
 #: seconds for which nothing is asked after no answer came, twice
 SILENT = 10.0
+_ANSWERS = msgspec.msgpack.Decoder(Held)
 #: bytes of KV that each rank promotes ahead in one step
 AHEAD_BYTES = 64 << 20
 #: tokens that a running request lacks in the pool before it is worth a step of all ranks
@@ -203,7 +204,7 @@ class Lookups:
             return False
         if not self._sockets:
             self._sockets = [dial(peer) for peer in self._peers]
-        question = msgspec.msgpack.encode(Lookup(ticket=ticket, keys=keys))
+        question = frame(Lookup(ticket=ticket, keys=keys))
         try:
             for socket in self._sockets:
                 socket.send(question, zmq.NOBLOCK)
@@ -224,7 +225,11 @@ class Lookups:
                     if self._unanswered > 1:
                         self._not_before = time.monotonic() + SILENT
                     return None
-                answer = msgspec.msgpack.decode(socket.recv(), type=Held)
+                try:
+                    answer = unframe(socket.recv(), _ANSWERS)
+                except ValueError as error:
+                    logger.warning("a rank's shadow store answers what cannot be read: %s", error)
+                    continue
                 if answer.ticket == ticket:  # not a late one
                     answers.append(answer)
                     break

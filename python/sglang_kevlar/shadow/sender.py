@@ -34,7 +34,7 @@ from sglang_kevlar.protocol.shadow import (
     ShadowCounters,
 )
 from sglang_kevlar.shadow.pool import Staged, pack
-from sglang_kevlar.shadow.sockets import dial
+from sglang_kevlar.shadow.sockets import dial, frame, unframe
 from sglang_kevlar.transport import Outgoing, Transport, TransportError
 
 logger = logging.getLogger(__name__)
@@ -52,6 +52,7 @@ PAUSE = 1.0
 #: seconds before a target that refused or cannot be reached, or for which there was no window, is tried again
 RETRY = 30.0
 COUNTERS_INTERVAL = 0.5
+_ANSWERS = msgspec.msgpack.Decoder(FromStore)
 
 
 @dataclass
@@ -299,14 +300,17 @@ class ShadowSender:
     def _say(self, message: Hello | Parcel | Ended | Forget) -> None:
         """Raises zmq.Again when too much waits to be sent already: the target does not read."""
         assert self._socket is not None
-        self._socket.send(msgspec.msgpack.encode(message), zmq.NOBLOCK)
+        self._socket.send(frame(message), zmq.NOBLOCK)
 
     def _receive(self) -> None:
         while self._socket is not None:
             try:
-                message = msgspec.msgpack.decode(self._socket.recv(zmq.NOBLOCK), type=FromStore)
+                message = unframe(self._socket.recv(zmq.NOBLOCK), _ANSWERS)
             except zmq.Again:
                 return
+            except ValueError as error:
+                self._start_over(f"an answer of it cannot be read: {error}")
+                continue
             self._progress_at = time.monotonic()
             target = self._target
             assert target is not None

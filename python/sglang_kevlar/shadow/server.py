@@ -35,7 +35,7 @@ from sglang_kevlar.protocol.shadow import (
     ShadowCounters,
     ToStore,
 )
-from sglang_kevlar.shadow.sockets import listen
+from sglang_kevlar.shadow.sockets import frame, listen, unframe
 from sglang_kevlar.shadow.store import DamagedBlock, ShadowStore
 from sglang_kevlar.transport import Incoming, Transport, TransportError
 
@@ -122,8 +122,8 @@ class ShadowServer:
         try:
             if len(frames) != 2:
                 raise ValueError(f"{len(frames)} frames")
-            message = self._decoder.decode(frames[1])
-        except (ValueError, msgspec.DecodeError) as error:
+            message = unframe(frames[1], self._decoder)
+        except ValueError as error:
             reason = f"not one of ours: {error}"
             if frames[0] in self._sessions:
                 self._resync(frames[0], reason)
@@ -276,7 +276,7 @@ class ShadowServer:
 
     def _send(self, receiver: bytes, message: FromStore) -> None:
         try:
-            self._socket.send_multipart([receiver, msgspec.msgpack.encode(message)], zmq.NOBLOCK)
+            self._socket.send_multipart([receiver, frame(message)], zmq.NOBLOCK)
         except zmq.ZMQError:
             pass  # a source that does not read, or is gone: it begins again when it misses the answer
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 import mmap
 import os
 
-import msgspec
 import numpy as np
 import zmq
 
 from sglang_kevlar.protocol.shadow import Release, Shelf
-from sglang_kevlar.shadow.sockets import dial
+from sglang_kevlar.shadow.sockets import dial, frame
 
 
 def check() -> None:
@@ -66,6 +65,6 @@ class SharedStore:
         if self._socket is None:
             self._socket = dial(self._keeper)
         try:
-            self._socket.send(msgspec.msgpack.encode(Release(ticket=ticket)), zmq.NOBLOCK)
+            self._socket.send(frame(Release(ticket=ticket)), zmq.NOBLOCK)
         except zmq.Again:
             pass  # it does not read: the ticket ends by itself
