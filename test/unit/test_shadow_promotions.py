@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 import zlib
 from array import array
@@ -14,10 +15,11 @@ import pytest
 
 import frontend_fakes  # noqa: F401  (before sglang)
 from sglang_kevlar.control.shadow_keys import KeyChain, root_key
-from sglang_kevlar.protocol.shadow import ShadowCounters
+from sglang_kevlar.protocol.shadow import Held, ShadowCounters
 from sglang_kevlar.shadow import lookup
 from sglang_kevlar.shadow.lookup import AHEAD_LEAST, Lookups, PromoteReq
 from sglang_kevlar.shadow.rank import RankShadow
+from sglang_kevlar.shadow.sockets import frame, listen
 from sglang_kevlar.shadow.store import ShadowStore
 from sglang_kevlar.worker.resume import ShadowPlanReq
 
@@ -206,3 +208,26 @@ def test_work_for_ranks_that_have_nothing_or_say_nothing_is_bounded(
     for turn in range(1200):  # more than a socket takes in
         lookups._not_before = lookups._unanswered = 0
         lookups._ask_peers(str(turn), [b"k"])
+
+
+def test_what_another_rank_answers_and_nobody_can_read_is_no_answer(
+    world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(lookup, "LOOKUP_TIMEOUT", 0.2)
+    peer = f"ipc://{tmp_path}/peer"
+    world.rank._lookups._peers = [peer]
+    other = listen(peer)
+
+    def answer_nonsense() -> None:
+        name, _ = other.recv_multipart()
+        other.send_multipart([name, b"nonsense"])
+        other.send_multipart([name, frame(Held(ticket="a", blocks=4))[:-1]])
+
+    answering = threading.Thread(target=answer_nonsense)
+    answering.start()
+    world.put(PROMPT[: 2 * BLOCK])
+    try:
+        assert world.rank.with_promotions([tokenized("a", PROMPT)])[0].blocks == 0
+    finally:
+        answering.join()
+        other.close(linger=0)
