@@ -108,6 +108,8 @@ class Failover:
         )
         request = InFlight(entry, message, outcome, self._args.journal_interval)
         self.requests[entry.rid] = request
+        if outcome is not None:
+            outcome.rids[entry.rid] = None
         if pinned_group in self.router.groups:
             self._dispatch(request, pinned_group)
         elif self.router.groups and not must_wait(self._has_room(entry), self._degraded(), len(self.hold)):
@@ -484,7 +486,9 @@ class Failover:
             self.router.finished(attempt.group, attempt.epoch, attempt.reserved_tokens)
         self.journal.close(entry.rid)
         self.hold.remove(entry.rid)
-        self.requests.pop(entry.rid, None)
+        request = self.requests.pop(entry.rid)
+        if request.outcome is not None:
+            request.outcome.rids.pop(entry.rid, None)
         self.redirected.discard(entry.rid)
         self.events.gone(entry.rid)
 
@@ -510,8 +514,8 @@ class Failover:
         self._close(request.entry)
         if request.outcome is not None and request.outcome.fail(failure):
             # One sub-request of a batch or n > 1 failed, so the HTTP request has: no need for the others.
-            for sibling in [other for other in self.requests.values() if other.outcome is request.outcome]:
-                self.abort(AbortReq(rid=sibling.entry.rid))
+            for sibling in list(request.outcome.rids):
+                self.abort(AbortReq(rid=sibling))
         reason = {"type": "abort", "status_code": failure.status, "message": failure.message, "err_type": failure.kind}
         self._host.finish_aborted(AbortReq(rid=rid, finished_reason=reason))
 
