@@ -270,7 +270,7 @@ class Failover:
         for request in self.requests.values():
             attempt = request.entry.attempt
             if attempt is not None and (attempt.group, attempt.epoch) == (channel.group, channel.epoch):
-                self.router.started(channel.group, attempt.reserved_tokens, request.prompt, request.namespace)
+                self.router.started(channel.group, attempt.reserved_tokens, request.blocks)
 
     async def _lost(self, channel: GroupChannel, event: GroupLost) -> None:
         """Fence the group, then move everything it was running."""
@@ -355,7 +355,7 @@ class Failover:
         if heir is not None and (heir.requests == 0 or heir.fits(request.entry.reserved_tokens)):
             assert request.heir is not None
             return request.heir
-        group = self.router.choose(request.prompt, request.namespace, spread)
+        group = self.router.choose(request.blocks, spread)
         assert group is not None, "asked only while a group serves"
         return group
 
@@ -363,7 +363,7 @@ class Failover:
         entry = request.entry
         channel = self.channels[group]
         attempt = self.journal.begin_attempt(entry, group, channel.epoch, time.monotonic())
-        self.router.started(group, attempt.reserved_tokens, request.prompt, request.namespace)
+        self.router.started(group, attempt.reserved_tokens, request.blocks)
         if entry.redirects:
             self.redirected.add(entry.rid)
             self.events.redirected(entry.rid, group=group, epoch=channel.epoch, delivered_tokens=len(entry.delivered))
