@@ -48,6 +48,8 @@ RETRY_AFTER = 5
 FIRST_GROUP_TIMEOUT = 10.0
 #: seconds between two looks at the hold queue's deadlines
 EXPIRY_TICK = 0.25
+#: held requests given to groups in one go: some milliseconds of work. Then all other streams have a turn.
+GIVEN_AT_ONCE = 16
 
 
 class Failover:
@@ -87,6 +89,8 @@ class Failover:
         self._inbox: asyncio.Queue[Event | BaseException] = asyncio.Queue()
         self._tasks: set[asyncio.Task[None]] = set()
         self._first_serves = asyncio.Event()
+        #: more held requests are about to be given to groups
+        self._pumping = False
 
     # ---- requests in ---------------------------------------------------------------------------------------------
 
@@ -308,7 +312,8 @@ class Failover:
         if request.abort_requested:
             self._end_aborted(request, AbortReq(rid=entry.rid))
             return
-        refusal = self.journal.refusal(entry)
+        # While others are served, `_pump` refuses: that takes time, too, of which each go has little.
+        refusal = None if self.router.groups else self.journal.refusal(entry)
         if refusal is not None:
             self._refuse(request, Failure(500, refusal.message, refusal.kind))
             return
@@ -328,18 +333,36 @@ class Failover:
         return idle or self.router.has_room(entry.reserved_tokens)
 
     def _pump(self) -> None:
-        """Give held requests to groups, as far as there is room for new ones."""
-        while self.router.groups and (held := self.hold.first()) is not None:
+        """Give held requests to groups, as far as there is room for new ones; many of them in several goes."""
+        if not self._pumping and self._pump_some():
+            self._pumping = True
+            self._spawn(self._pump_rest())
+
+    async def _pump_rest(self) -> None:
+        # No turn: each go is one step, and what is left is held, as it would be without a group.
+        more = True
+        while more:
+            await asyncio.sleep(0)
+            more = self._pump_some()
+        self._pumping = False
+
+    def _pump_some(self) -> bool:
+        """Whether there are more that can be given to a group."""
+        for _ in range(GIVEN_AT_ONCE):
+            held = self.hold.first()
+            if held is None or not self.router.groups:
+                return False
             request = self.requests[held.rid]
             redirected = request.entry.redirects > 0
             if not redirected and self._degraded() and not self._has_room(request.entry):
-                break
+                return False
             self.hold.remove(held.rid)
             refusal = self.journal.refusal(request.entry) if redirected else None
             if refusal is None:
                 self._dispatch(request, self._choose(request, spread=redirected))
-            else:  # the weights changed while it waited
+            else:
                 self._refuse(request, Failure(500, refusal.message, refusal.kind))
+        return len(self.hold) > 0
 
     def _expire(self) -> None:
         for held in self.hold.expired(time.monotonic()):
