@@ -103,7 +103,9 @@ class Sim(Host):
         if isinstance(message, ResumedGenerateReqInput):
             assert message.resume is not None
             client = self.client_of(message.rid)
-            assert message.resume.output_ids == client.tokens, f"{client.rid} is not continued where its client is"
+            assert message.resume.output_ids.tolist() == client.tokens, (
+                f"{client.rid} is not continued where its client is"
+            )
         group.input.append((message, self.failover.journal.weights))
 
     async def prepare_group(self, channel: FakeChannel) -> str | None:  # type: ignore[override]

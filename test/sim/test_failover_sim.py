@@ -108,7 +108,7 @@ def test_a_resume_one_token_late_is_noticed(monkeypatch):
 
     def late(self: Entry) -> Any:
         state = real(self)
-        return state and type(state)(output_ids=[*state.output_ids, state.output_ids[-1]])
+        return state and type(state)(output_ids=state.output_ids + state.output_ids[-1:])
 
     monkeypatch.setattr(Entry, "resume_state", late)
     caught("is not continued where its client is")

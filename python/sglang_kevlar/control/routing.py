@@ -38,8 +38,10 @@ class GroupLoad:
 
     def remember(self, blocks: Iterable[int]) -> None:
         for block in blocks:
-            self.blocks.pop(block, None)
-            self.blocks[block] = None
+            if block in self.blocks:
+                self.blocks.move_to_end(block)
+            else:
+                self.blocks[block] = None
         while len(self.blocks) > BLOCKS_PER_GROUP:
             self.blocks.popitem(last=False)
 
