@@ -235,7 +235,7 @@ class Clocks(msgspec.Struct):
 class Actor(Failover):
     """Notes when the last request was sent on, or refused."""
 
-    settled = 0
+    settled = awaited = 0
     last = Clocks(0.0, 0.0, 0.0)
 
     def send(self, channel: Any, message: Any) -> bool:
@@ -250,7 +250,8 @@ class Actor(Failover):
 
     def _settle(self) -> None:
         self.settled += 1
-        self.last = Clocks.now()
+        if self.settled == self.awaited:
+            self.last = Clocks.now()
 
 
 class Frontend(Host):
@@ -421,7 +422,7 @@ class Frontend(Host):
 
     async def _redirect(self, point: Point) -> dict[str, Any]:
         actor = self._actor
-        actor.settled, watching = 0, True
+        actor.settled, actor.awaited, watching = 0, point.requests, True
         turns = {"wall": 0.0, "thread": 0.0}
 
         async def watch() -> None:

@@ -418,7 +418,7 @@ def simulate(
     with (
         patch.object(failover_module, "GroupChannel", FakeChannel),
         patch.object(failover_module, "time", sim.loop),
-        patch.object(failover_module, "GIVEN_AT_ONCE", 1 + seed % 3),
+        patch.object(failover_module, "GIVEN_AT_ONCE", failover_module.REQUEST_COST * (1 + seed % 3)),
     ):
         try:
             run_virtual(sim.loop, sim.main())

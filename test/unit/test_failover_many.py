@@ -8,10 +8,10 @@ from typing import Any
 from actor_world import World, play
 
 from frontend_fakes import AbortReq, str_batch, tokenized
-from sglang_kevlar.frontend.failover import GIVEN_AT_ONCE
+from sglang_kevlar.frontend.failover import GIVEN_AT_ONCE, REQUEST_COST
 from sglang_kevlar.protocol.launch import KevlarArgs
 
-MANY = 4 * GIVEN_AT_ONCE
+MANY = 3 * GIVEN_AT_ONCE // REQUEST_COST
 #: two that serve and a standby: after a loss as many serve as before
 ARGS = KevlarArgs(worker_groups=3, standby_groups=1, hold_queue=MANY, hold_timeout=10.0)
 RIDS = [f"r{number:03d}" for number in range(MANY)]
@@ -58,6 +58,21 @@ def test_tokens_of_other_groups_pass_between_two_goes():
         for group in (1, 2):
             order = [rid for rid in w.requests(group) if rid[0] == "r"]
             assert order == sorted(order)
+
+    play(script, ARGS)
+
+
+def test_long_contexts_are_fewer_in_a_go():
+    async def script(w: World) -> None:
+        await w.ready(0, 1, 2, capacity=10_000_000)
+        for rid in RIDS[:3]:
+            w.actor.submit(*_request(rid, GIVEN_AT_ONCE), pinned_group=0)
+        w.lose(0)
+        seen = set()
+        while len(moved(w)) < 3:
+            await asyncio.sleep(0)
+            seen.add(len(moved(w)))
+        assert {1, 2, 3} <= seen
 
     play(script, ARGS)
 

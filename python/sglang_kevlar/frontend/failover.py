@@ -48,8 +48,10 @@ RETRY_AFTER = 5
 FIRST_GROUP_TIMEOUT = 10.0
 #: seconds between two looks at the hold queue's deadlines
 EXPIRY_TICK = 0.25
-#: held requests given to groups in one go: some milliseconds of work. Then all other streams have a turn.
-GIVEN_AT_ONCE = 16
+#: context tokens of held requests that are given to groups in one go, some milliseconds of work: then all other streams
+#: have a turn. And how many of them cost as much to send as a request does besides its own.
+GIVEN_AT_ONCE = 300_000
+REQUEST_COST = 8192
 
 
 class Failover:
@@ -348,7 +350,8 @@ class Failover:
 
     def _pump_some(self) -> bool:
         """Whether there are more that can be given to a group."""
-        for _ in range(GIVEN_AT_ONCE):
+        budget = GIVEN_AT_ONCE
+        while budget > 0:
             held = self.hold.first()
             if held is None or not self.router.groups:
                 return False
@@ -357,6 +360,7 @@ class Failover:
             if not redirected and self._degraded() and not self._has_room(request.entry):
                 return False
             self.hold.remove(held.rid)
+            budget -= request.entry.context_tokens + REQUEST_COST
             refusal = self.journal.refusal(request.entry) if redirected else None
             if refusal is None:
                 self._dispatch(request, self._choose(request, spread=redirected))
