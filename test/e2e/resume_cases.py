@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -144,7 +145,7 @@ def check_resumes(
         [case.request for case, _, _ in jobs],
         [
             ResumeState(
-                output_ids=answer["output_ids"][:cut],
+                output_ids=array("q", answer["output_ids"][:cut]),
                 cached_tokens=answer["meta_info"]["cached_tokens"],
                 input_logprobs_sent=bool(case.request.extra.get("return_logprob")),
             )

@@ -5,6 +5,7 @@ One engine per configuration; the whole answer and the continued ones come from 
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,10 @@ CONFIGURATIONS: list[Any] = [
     pytest.param({"enable_mixed_chunk": True, "chunked_prefill_size": 32}, id="mixed-chunk", marks=pytest.mark.slow),
     pytest.param({"disable_radix_cache": True}, id="no-radix-cache", marks=pytest.mark.slow),
 ]
+
+
+def after(delivered: list[int]) -> ResumeState:
+    return ResumeState(output_ids=array("q", delivered))
 
 
 @pytest.fixture(scope="module", params=CONFIGURATIONS)
@@ -127,22 +132,22 @@ def test_what_cannot_go_on_ends_that_request_only(engine: ResumeEngine) -> None:
     stop = engine.tokenizer_manager.tokenizer.decode(ids[5:7])
     prompt_logprobs = Request(plain.prompt, greedy, {"return_logprob": True, "logprob_start_len": 0})
     impossible: list[tuple[Request, ResumeState, str]] = [
-        (plain, ResumeState(output_ids=[]), "nothing was delivered"),
-        (plain, ResumeState(output_ids=ids), "max_new_tokens=24"),
-        (plain, ResumeState(output_ids=[10**9]), "vocabulary"),
-        (plain, ResumeState(output_ids=[-1]), "vocabulary"),
-        (plain, ResumeState(output_ids=[*ids[:5], 2]), "already end"),
-        (Request(plain.prompt, greedy | {"stop": [stop]}), ResumeState(output_ids=ids[:7]), "already end"),
-        (Request(plain.prompt, greedy | {"stop_token_ids": [ids[3]]}), ResumeState(output_ids=ids[:4]), "already end"),
-        (Request(plain.prompt, greedy | {"regex": "[0-9]{40}"}), ResumeState(output_ids=ids[:4]), "grammar"),
-        (Request(plain.prompt, greedy | {"json_schema": SCHEMA}), ResumeState(output_ids=ids[:4]), "grammar"),
-        (Request(plain.prompt, greedy | {"regex": "("}), ResumeState(output_ids=ids[:4]), "compile"),
-        (prompt_logprobs, ResumeState(output_ids=ids[:4]), "prompt log-probs"),
-        (Request(plain.prompt, greedy | {"beam_width": 2}), ResumeState(output_ids=ids[:4]), "beam search"),
+        (plain, after([]), "nothing was delivered"),
+        (plain, after(ids), "max_new_tokens=24"),
+        (plain, after([10**9]), "vocabulary"),
+        (plain, after([-1]), "vocabulary"),
+        (plain, after([*ids[:5], 2]), "already end"),
+        (Request(plain.prompt, greedy | {"stop": [stop]}), after(ids[:7]), "already end"),
+        (Request(plain.prompt, greedy | {"stop_token_ids": [ids[3]]}), after(ids[:4]), "already end"),
+        (Request(plain.prompt, greedy | {"regex": "[0-9]{40}"}), after(ids[:4]), "grammar"),
+        (Request(plain.prompt, greedy | {"json_schema": SCHEMA}), after(ids[:4]), "grammar"),
+        (Request(plain.prompt, greedy | {"regex": "("}), after(ids[:4]), "compile"),
+        (prompt_logprobs, after(ids[:4]), "prompt log-probs"),
+        (Request(plain.prompt, greedy | {"beam_width": 2}), after(ids[:4]), "beam search"),
     ]
     # Good ones in between, which must not notice.
     requests = [request for bad, _, _ in impossible for request in (bad, plain)]
-    resumes = [resume for _, bad, _ in impossible for resume in (bad, ResumeState(output_ids=ids[:6]))]
+    resumes = [resume for _, bad, _ in impossible for resume in (bad, after(ids[:6]))]
     answers = engine.run(requests, resumes)
     for (_, _, reason), bad, good in zip(impossible, answers[::2], answers[1::2], strict=True):
         assert reason in bad.get("error", ""), f"{reason}: {bad}"

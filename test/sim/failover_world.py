@@ -73,6 +73,8 @@ class Sim(Host):
         self.weights = 0
         #: since when no group has been slow to answer, and no clock jumped
         self.well_since = self.served_since = self.loop.now
+        #: when last nobody was on the way from the hold queue to a group
+        self.given_out = self.loop.now
         self.count = 0
         self.trace: list[str] = []
         self.ends: dict[str, int] = {}
@@ -101,7 +103,9 @@ class Sim(Host):
         if isinstance(message, ResumedGenerateReqInput):
             assert message.resume is not None
             client = self.client_of(message.rid)
-            assert message.resume.output_ids == client.tokens, f"{client.rid} is not continued where its client is"
+            assert message.resume.output_ids.tolist() == client.tokens, (
+                f"{client.rid} is not continued where its client is"
+            )
         group.input.append((message, self.failover.journal.weights))
 
     async def prepare_group(self, channel: FakeChannel) -> str | None:  # type: ignore[override]
@@ -330,7 +334,11 @@ class Sim(Host):
             late = held_request.deadline <= now - 1 and self.well_since <= now - 1
             assert not late, f"{held_request.rid} is held beyond its time"
         self.check_bounds(now)
-        if actor.router.groups:
+        if not actor._pumping:
+            self.given_out = now
+        elif self.well_since <= now - 1:
+            assert self.given_out > now - 1, "some were given out, and then no more"
+        if actor.router.groups and not actor._pumping:
             assert not actor.hold._redirected, "a redirected request waits while a group serves"
             if len(actor.router.groups) >= actor._active_groups:
                 assert not actor.hold._new, "a request waits while all groups serve"
@@ -407,7 +415,11 @@ def simulate(
     """Raises AssertionError, with the world in the error's ``world``."""
     sim = Sim(seed, actor, only)
     sim.steps = steps
-    with patch.object(failover_module, "GroupChannel", FakeChannel), patch.object(failover_module, "time", sim.loop):
+    with (
+        patch.object(failover_module, "GroupChannel", FakeChannel),
+        patch.object(failover_module, "time", sim.loop),
+        patch.object(failover_module, "GIVEN_AT_ONCE", failover_module.REQUEST_COST * (1 + seed % 3)),
+    ):
         try:
             run_virtual(sim.loop, sim.main())
         except BaseException as error:

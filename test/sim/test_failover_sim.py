@@ -108,7 +108,7 @@ def test_a_resume_one_token_late_is_noticed(monkeypatch):
 
     def late(self: Entry) -> Any:
         state = real(self)
-        return state and type(state)(output_ids=[*state.output_ids, state.output_ids[-1]])
+        return state and type(state)(output_ids=state.output_ids + state.output_ids[-1:])
 
     monkeypatch.setattr(Entry, "resume_state", late)
     caught("is not continued where its client is")
@@ -149,6 +149,19 @@ def test_new_requests_before_redirected_ones_are_noticed(monkeypatch):
 
     monkeypatch.setattr(HoldQueue, "first", first)
     caught("goes before redirected|redirected request waits")
+
+
+def test_new_requests_that_come_while_many_are_moved_and_go_first_are_noticed(monkeypatch):
+    monkeypatch.setattr(failover_module, "must_wait", lambda room, degraded, waiting: degraded and not room)
+    caught("goes before redirected")
+
+
+def test_many_that_are_moved_and_then_forgotten_are_noticed(monkeypatch):
+    class Once(Failover):
+        async def _pump_rest(self) -> None:
+            pass
+
+    caught("and then no more", Once)
 
 
 def test_an_answer_under_two_weight_versions_is_noticed(monkeypatch):

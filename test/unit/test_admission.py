@@ -63,13 +63,13 @@ def test_deadlines():
     [
         (True, False, 0, False),
         (False, False, 0, False),  # with all groups up their own queues do it, as upstream
-        (False, False, 3, False),
+        (True, False, 3, True),  # while many are given out
         (True, True, 0, False),
         (False, True, 0, True),
         (True, True, 1, True),  # nobody goes before those who wait
     ],
 )
-def test_a_new_request_waits_only_after_a_loss_of_capacity(room, degraded, waiting, waits):
+def test_a_new_request_waits_behind_others_and_after_a_loss_of_capacity(room, degraded, waiting, waits):
     assert must_wait(room, degraded, waiting) is waits
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from array import array
+from typing import Any
 
 import pytest
 from actor_world import ARGS, LENGTH, World, play
@@ -18,6 +20,7 @@ from frontend_fakes import (
 from sglang_kevlar.control.journal import Journal
 from sglang_kevlar.control.membership import GroupReady, GroupSuspect, GroupTrusted
 from sglang_kevlar.frontend import failover as failover_module
+from sglang_kevlar.frontend import in_flight as in_flight_module
 from sglang_kevlar.frontend.failover import FENCED_RID
 from sglang_kevlar.frontend.in_flight import InFlight, TextMismatch
 from sglang_kevlar.frontend.outcome import RequestOutcome
@@ -113,7 +116,7 @@ def test_a_lost_group_s_requests_go_on_elsewhere_behind_their_last_token():
         w.lose(group)
         await asyncio.sleep(0.01)
         message = w.inputs[1 - group][-1]
-        assert isinstance(message, ResumedGenerateReqInput) and message.resume.output_ids == [5, 6]
+        assert isinstance(message, ResumedGenerateReqInput) and message.resume.output_ids.tolist() == [5, 6]
         assert w.attempt().group == 1 - group and group not in w.actor.router.groups and w.serving[group] is False
         w.actor.channels[1 - group].put(StartedReqOutput(rid=w.wire(), recomputed_tokens=5))
         await w.output(1 - group, (w.wire(), [7], "xyz", LENGTH))
@@ -138,7 +141,7 @@ def test_what_arrived_before_the_fence_is_delivered_in_order():
         channel.put(str_batch((wire, [3], "3", None)))
         await asyncio.sleep(0.01)
         assert w.text["a"] == "123" and channel.closed
-        assert w.inputs[1 - group][-1].resume.output_ids == [1, 2, 3]
+        assert w.inputs[1 - group][-1].resume.output_ids.tolist() == [1, 2, 3]
 
     play(script)
 
@@ -345,6 +348,35 @@ def test_an_exception_in_any_task_ends_the_actor(monkeypatch):
             await running
 
     run_virtual(loop, main())
+
+
+# ---- prefixes
+
+
+def test_what_keeps_radix_trees_apart_keeps_prefixes_apart():
+    def blocks(**fields: Any) -> array[int]:
+        message = tokenized("a", [1] * 200, **fields)
+        return InFlight(Journal(ARGS, "i").open("a", 200, 10), message, None, 4).blocks
+
+    named = [blocks(**{name: "x"}) for name in ("lora_id", "extra_key", "cache_salt")]
+    assert len({each.tobytes() for each in [blocks(), *named]}) == 4 and blocks() == blocks()
+
+
+def test_a_prompt_is_hashed_once_however_often_it_moves(monkeypatch):
+    hashed = []
+    real = in_flight_module.block_hashes
+    monkeypatch.setattr(in_flight_module, "block_hashes", lambda *args: hashed.append(args) or real(*args))
+
+    async def script(w: World) -> None:
+        await w.ready(0, 1)
+        w.submit(prompt=200)
+        for epoch in (1, 2, 3):
+            group = w.attempt().group
+            w.lose(group, epoch=w.attempt().epoch)
+            await w.ready(group, epoch=epoch + 1)
+        assert w.actor.journal.get("a").redirects == 3 and len(hashed) == 1
+
+    play(script)
 
 
 # ---- text

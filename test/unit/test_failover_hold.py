@@ -91,6 +91,26 @@ def test_whatever_frees_room_lets_others_in():
 # ---- aborts
 
 
+def test_a_refusal_takes_its_siblings_with_it_and_nobody_else():
+    async def script(w: World) -> None:
+        await w.ready(0, 1)
+        batch, others = RequestOutcome(), RequestOutcome()
+        for rid, outcome in (("a", batch), ("b", others), ("c", batch), ("d", None)):
+            w.submit(rid, outcome=outcome, return_hidden_states=rid == "a")
+        group = w.attempt("a").group
+        await w.output(group, (w.wire("a"), [1], "x", None))
+        w.lose(group)
+        await asyncio.sleep(0.01)
+        assert w.refusals() == {"a": "not_continuable"}
+        asked = {rid for rid, request in w.actor.requests.items() if request.abort_requested}
+        assert asked | {abort.rid for abort in w.aborted} == {"a", "c"}
+        for rid in list(w.actor.requests):
+            await w.output(w.attempt(rid).group, (w.wire(rid), [1], "x", LENGTH))
+        assert not w.actor.requests and not batch.rids and not others.rids
+
+    play(script)
+
+
 def test_abort_of_a_held_request():
     async def script(w: World) -> None:
         w.submit()

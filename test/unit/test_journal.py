@@ -98,7 +98,7 @@ def test_resume_state_is_what_was_delivered(journal):
     journal.deliver(entry, [9])
     entry.cached_tokens, entry.input_logprobs_sent = 4, True
     state = entry.resume_state()
-    assert (state.output_ids, state.cached_tokens, state.input_logprobs_sent) == ([7, 8, 9], 4, True)
+    assert (state.output_ids.tolist(), state.cached_tokens, state.input_logprobs_sent) == ([7, 8, 9], 4, True)
     state.output_ids.append(1)
     assert entry.delivered.tolist() == [7, 8, 9]
 

@@ -116,9 +116,9 @@ def arrive(scheduler: Any, monkeypatch: pytest.MonkeyPatch, req: FakeReq, resume
 
 def test_resumed_requests_go_first_in_the_order_they_came(scheduler: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     scheduler._add_request_to_queue(FakeReq("new1"))
-    arrive(scheduler, monkeypatch, FakeReq("old1"), ResumeState(output_ids=[5]))
+    arrive(scheduler, monkeypatch, FakeReq("old1"), ResumeState(output_ids=array("q", [5])))
     scheduler._add_request_to_queue(FakeReq("new2"))
-    arrive(scheduler, monkeypatch, FakeReq("old2"), ResumeState(output_ids=[5, 6]))
+    arrive(scheduler, monkeypatch, FakeReq("old2"), ResumeState(output_ids=array("q", [5, 6])))
     assert [req.rid for req in scheduler.waiting_queue] == ["old1", "old2", "new1", "new2"]
     assert [list(req.output_ids) for req in scheduler.waiting_queue] == [[5], [5, 6], [], []]
     assert [req.send_token_offset for req in scheduler.waiting_queue] == [1, 2, 0, 0]
@@ -126,7 +126,7 @@ def test_resumed_requests_go_first_in_the_order_they_came(scheduler: Any, monkey
 
 def test_resume_waits_for_the_grammar(scheduler: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     req = FakeReq("r", grammar="compiling")
-    arrive(scheduler, monkeypatch, req, ResumeState(output_ids=[5, 7]))
+    arrive(scheduler, monkeypatch, req, ResumeState(output_ids=array("q", [5, 7])))
     scheduler._add_request_to_queue(FakeReq("other"))
     assert [queued.rid for queued in scheduler.waiting_queue] == ["other"] and not req.output_ids
     req.grammar = Grammar()
@@ -137,7 +137,7 @@ def test_resume_waits_for_the_grammar(scheduler: Any, monkeypatch: pytest.Monkey
 
 def test_aborted_while_its_grammar_compiled(scheduler: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     req = FakeReq("r", grammar="compiling")
-    arrive(scheduler, monkeypatch, req, ResumeState(output_ids=[5, 7]))
+    arrive(scheduler, monkeypatch, req, ResumeState(output_ids=array("q", [5, 7])))
     req.grammar, req.to_finish = None, "Aborted by AbortReq."
     scheduler._add_request_to_queue(req)
     assert not req.output_ids and not req.is_retracted and req.to_finish == "Aborted by AbortReq."
@@ -147,14 +147,14 @@ def test_aborted_while_its_grammar_compiled(scheduler: Any, monkeypatch: pytest.
 def test_a_bad_resume_aborts_that_request_by_name(
     scheduler: Any, monkeypatch: pytest.MonkeyPatch, output_ids: list[int]
 ) -> None:
-    arrive(scheduler, monkeypatch, FakeReq("bad~7", grammar=Grammar()), ResumeState(output_ids=output_ids))
+    arrive(scheduler, monkeypatch, FakeReq("bad~7", grammar=Grammar()), ResumeState(output_ids=array("q", output_ids)))
     (req,) = scheduler.waiting_queue
     assert "bad~7" in req.to_finish
     assert not req.output_ids and not req.is_retracted and req.send_token_offset == 0
 
 
 def test_what_can_never_resume_is_answered_at_the_door(scheduler: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    arrive(scheduler, monkeypatch, FakeReq("r~1"), ResumeState(output_ids=[5]), input_embeds=[[0.1]])
+    arrive(scheduler, monkeypatch, FakeReq("r~1"), ResumeState(output_ids=array("q", [5])), input_embeds=[[0.1]])
     assert not scheduler.waiting_queue
     (answer,) = scheduler.sent
     assert isinstance(answer, AbortReq) and answer.rid == "r~1"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from array import array
 from typing import Any
 
@@ -45,12 +46,18 @@ def tokenized(**changes: Any) -> Any:
     return io_struct.TokenizedGenerateReqInput(**(fields | changes))
 
 
-def test_both_ends_understand_it() -> None:
+@pytest.mark.parametrize("pickled", [False, True])
+def test_both_ends_understand_it(pickled: bool) -> None:
     register_wire_types()
     register_wire_types()
     original = tokenized()
-    resume = ResumeState(output_ids=[5, 6, 7], cached_tokens=2, input_logprobs_sent=True)
-    received = io_struct.msgpack_decode(io_struct.msgpack_encode(as_resumed(original, resume)))
+    resume = ResumeState(output_ids=array("q", [5, 6, 7]), cached_tokens=2, input_logprobs_sent=True)
+    sent = as_resumed(original, resume)
+    if pickled:
+        received = pickle.loads(pickle.dumps(sent, pickle.HIGHEST_PROTOCOL))
+        received.sampling_params = original.sampling_params  # has no equality of its own
+    else:
+        received = io_struct.msgpack_decode(io_struct.msgpack_encode(sent))
     assert type(received) is ResumedGenerateReqInput
     assert received.resume == resume
     for name in original.__struct_fields__:
@@ -63,7 +70,7 @@ def test_both_ends_understand_it() -> None:
 def test_the_journalled_request_stays_as_it_is() -> None:
     original = tokenized()
     before = io_struct.msgpack_encode(original)
-    resumed = as_resumed(original, ResumeState(output_ids=[1]))
+    resumed = as_resumed(original, ResumeState(output_ids=array("q", [1])))
     resumed.rid = "abc~4"
     resumed.stream = False
     assert io_struct.msgpack_encode(original) == before

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,12 +19,16 @@ def router(groups: int = 2, capacity: int = 1000) -> Router:
     return made
 
 
-def prompt(blocks: int, seed: int = 0) -> list[int]:
+def tokens(blocks: int, seed: int = 0) -> list[int]:
     return [seed * 1000 + i for i in range(blocks * BLOCK)]
 
 
+def prompt(blocks: int, seed: int = 0, namespace: str = "") -> array[int]:
+    return block_hashes(tokens(blocks, seed), namespace)
+
+
 def test_no_group_no_choice():
-    assert Router().choose([1, 2]) is None
+    assert Router().choose([]) is None
     assert not Router().has_room(0)
 
 
@@ -44,7 +50,7 @@ def test_a_cached_prefix_is_followed():
     assert r.choose(prompt(5)) == 1
     assert r.choose(prompt(2)) == 1
     assert r.choose(prompt(3, seed=1)) == 0
-    assert r.choose(prompt(1)[:-1]) == 0  # less than a block is not remembered
+    assert r.choose(block_hashes(tokens(1)[:-1])) == 0  # less than a block is not remembered
 
 
 def test_the_longest_prefix_wins():
@@ -55,14 +61,13 @@ def test_the_longest_prefix_wins():
 
 
 def test_a_later_block_alone_is_no_prefix():
-    hashes = block_hashes(prompt(2), "")
-    assert block_hashes(prompt(2)[BLOCK:], "") != hashes[1:]
+    assert block_hashes(tokens(2)[BLOCK:]) != block_hashes(tokens(2))[1:]
 
 
 def test_namespaces_are_kept_apart():
     r = router()
-    r.started(1, 10, prompt(3), "lora")
-    assert r.choose(prompt(3), "lora") == 1
+    r.started(1, 10, prompt(3, namespace="lora"))
+    assert r.choose(prompt(3, namespace="lora")) == 1
     assert r.choose(prompt(3)) == 0
 
 

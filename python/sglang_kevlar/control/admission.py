@@ -61,7 +61,8 @@ class HoldQueue:
 def must_wait(router_has_room: bool, degraded: bool, waiting: int) -> bool:
     """Whether a new request has to wait although a group serves.
 
-    With all groups up, the groups' own queues do this as they do upstream. After a loss of capacity, new requests
-    must not push out the KV of those that were redirected: they wait until there is room, behind whoever waits.
+    Nobody goes before those who wait. With all groups up they wait for moments only, while many are given out; the
+    groups' own queues do the rest, as they do upstream. After a loss of capacity, new requests must not push out the
+    KV of those that were redirected: they wait until there is room.
     """
-    return degraded and (waiting > 0 or not router_has_room)
+    return waiting > 0 or (degraded and not router_has_room)

@@ -93,7 +93,7 @@ class Entry:
         if not self.delivered:
             return None
         return ResumeState(
-            output_ids=self.delivered.tolist(),
+            output_ids=self.delivered[:],
             cached_tokens=self.cached_tokens,
             input_logprobs_sent=self.input_logprobs_sent,
         )

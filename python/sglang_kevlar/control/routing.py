@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 #: prompt tokens per remembered block
@@ -38,8 +38,10 @@ class GroupLoad:
 
     def remember(self, blocks: Iterable[int]) -> None:
         for block in blocks:
-            self.blocks.pop(block, None)
-            self.blocks[block] = None
+            if block in self.blocks:
+                self.blocks.move_to_end(block)
+            else:
+                self.blocks[block] = None
         while len(self.blocks) > BLOCKS_PER_GROUP:
             self.blocks.popitem(last=False)
 
@@ -60,10 +62,9 @@ class Router:
         if gone is not None and heir in self.groups:
             self.groups[heir].remember(gone.blocks)
 
-    def choose(self, prompt: array[int] | list[int], namespace: str = "", spread: bool = False) -> int | None:
-        """The group for ``prompt``, or None when none serves.
+    def choose(self, blocks: Sequence[int], spread: bool = False) -> int | None:
+        """The group for a prompt of these blocks (`block_hashes`), or None when none serves.
 
-        ``namespace`` keeps apart what the radix trees keep apart (LoRA, extra_key, cache_salt).
         ``spread`` ignores prefixes: redirected requests go to whoever is least busy, so that a lost group's
         requests land on all survivors and not on one.
         """
@@ -72,11 +73,10 @@ class Router:
         least = min(self.groups, key=lambda group: self._busy(group))
         if spread or len(self.groups) == 1:
             return least
-        hashes = block_hashes(prompt, namespace)
         best, matched = least, 0
         for group, load in self.groups.items():
             hits = 0
-            for block in hashes:
+            for block in blocks:
                 if block not in load.blocks:
                     break
                 hits += 1
@@ -86,11 +86,11 @@ class Router:
             return least
         return best
 
-    def started(self, group: int, tokens: int, prompt: array[int] | list[int], namespace: str = "") -> None:
+    def started(self, group: int, tokens: int, blocks: Sequence[int]) -> None:
         load = self.groups[group]
         load.requests += 1
         load.tokens += tokens
-        load.remember(block_hashes(prompt, namespace))
+        load.remember(blocks)
 
     def finished(self, group: int, epoch: int, tokens: int) -> None:
         """The counterpart of `started`; of a group that is gone, or came back as another epoch, nothing is left."""
@@ -119,10 +119,13 @@ class Router:
         return busy - idle > IMBALANCE_REQUESTS and busy > IMBALANCE_FACTOR * idle
 
 
-def block_hashes(prompt: array[int] | list[int], namespace: str) -> list[int]:
-    """One hash per full block, each covering everything before it."""
+def block_hashes(prompt: array[int] | list[int], namespace: str = "") -> array[int]:
+    """One hash per full block, each covering everything before it.
+
+    ``namespace`` keeps apart what the radix trees keep apart (LoRA, extra_key, cache_salt).
+    """
     tokens = prompt if isinstance(prompt, array) else array("q", prompt)
-    hashes = []
+    hashes = array("q")
     value = hash(namespace)
     for start in range(0, len(tokens) - BLOCK + 1, BLOCK):
         value = hash((value, tokens[start : start + BLOCK].tobytes()))

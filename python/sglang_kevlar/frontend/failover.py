@@ -48,6 +48,10 @@ RETRY_AFTER = 5
 FIRST_GROUP_TIMEOUT = 10.0
 #: seconds between two looks at the hold queue's deadlines
 EXPIRY_TICK = 0.25
+#: context tokens of held requests that are given to groups in one go, some milliseconds of work: then all other streams
+#: have a turn. And how many of them cost as much to send as a request does besides its own.
+GIVEN_AT_ONCE = 300_000
+REQUEST_COST = 8192
 
 
 class Failover:
@@ -87,6 +91,8 @@ class Failover:
         self._inbox: asyncio.Queue[Event | BaseException] = asyncio.Queue()
         self._tasks: set[asyncio.Task[None]] = set()
         self._first_serves = asyncio.Event()
+        #: more held requests are about to be given to groups
+        self._pumping = False
 
     # ---- requests in ---------------------------------------------------------------------------------------------
 
@@ -108,6 +114,8 @@ class Failover:
         )
         request = InFlight(entry, message, outcome, self._args.journal_interval)
         self.requests[entry.rid] = request
+        if outcome is not None:
+            outcome.rids[entry.rid] = None
         if pinned_group in self.router.groups:
             self._dispatch(request, pinned_group)
         elif self.router.groups and not must_wait(self._has_room(entry), self._degraded(), len(self.hold)):
@@ -268,7 +276,7 @@ class Failover:
         for request in self.requests.values():
             attempt = request.entry.attempt
             if attempt is not None and (attempt.group, attempt.epoch) == (channel.group, channel.epoch):
-                self.router.started(channel.group, attempt.reserved_tokens, request.prompt, request.namespace)
+                self.router.started(channel.group, attempt.reserved_tokens, request.blocks)
 
     async def _lost(self, channel: GroupChannel, event: GroupLost) -> None:
         """Fence the group, then move everything it was running."""
@@ -306,7 +314,8 @@ class Failover:
         if request.abort_requested:
             self._end_aborted(request, AbortReq(rid=entry.rid))
             return
-        refusal = self.journal.refusal(entry)
+        # While others are served, `_pump` refuses: that takes time, too, of which each go has little.
+        refusal = None if self.router.groups else self.journal.refusal(entry)
         if refusal is not None:
             self._refuse(request, Failure(500, refusal.message, refusal.kind))
             return
@@ -326,18 +335,38 @@ class Failover:
         return idle or self.router.has_room(entry.reserved_tokens)
 
     def _pump(self) -> None:
-        """Give held requests to groups, as far as there is room for new ones."""
-        while self.router.groups and (held := self.hold.first()) is not None:
+        """Give held requests to groups, as far as there is room for new ones; many of them in several goes."""
+        if not self._pumping and self._pump_some():
+            self._pumping = True
+            self._spawn(self._pump_rest())
+
+    async def _pump_rest(self) -> None:
+        # No turn: each go is one step, and what is left is held, as it would be without a group.
+        more = True
+        while more:
+            await asyncio.sleep(0)
+            more = self._pump_some()
+        self._pumping = False
+
+    def _pump_some(self) -> bool:
+        """Whether there are more that can be given to a group."""
+        budget = GIVEN_AT_ONCE
+        while budget > 0:
+            held = self.hold.first()
+            if held is None or not self.router.groups:
+                return False
             request = self.requests[held.rid]
             redirected = request.entry.redirects > 0
             if not redirected and self._degraded() and not self._has_room(request.entry):
-                break
+                return False
             self.hold.remove(held.rid)
+            budget -= request.entry.context_tokens + REQUEST_COST
             refusal = self.journal.refusal(request.entry) if redirected else None
             if refusal is None:
                 self._dispatch(request, self._choose(request, spread=redirected))
-            else:  # the weights changed while it waited
+            else:
                 self._refuse(request, Failure(500, refusal.message, refusal.kind))
+        return len(self.hold) > 0
 
     def _expire(self) -> None:
         for held in self.hold.expired(time.monotonic()):
@@ -353,7 +382,7 @@ class Failover:
         if heir is not None and (heir.requests == 0 or heir.fits(request.entry.reserved_tokens)):
             assert request.heir is not None
             return request.heir
-        group = self.router.choose(request.prompt, request.namespace, spread)
+        group = self.router.choose(request.blocks, spread)
         assert group is not None, "asked only while a group serves"
         return group
 
@@ -361,7 +390,7 @@ class Failover:
         entry = request.entry
         channel = self.channels[group]
         attempt = self.journal.begin_attempt(entry, group, channel.epoch, time.monotonic())
-        self.router.started(group, attempt.reserved_tokens, request.prompt, request.namespace)
+        self.router.started(group, attempt.reserved_tokens, request.blocks)
         if entry.redirects:
             self.redirected.add(entry.rid)
             self.events.redirected(entry.rid, group=group, epoch=channel.epoch, delivered_tokens=len(entry.delivered))
@@ -484,7 +513,9 @@ class Failover:
             self.router.finished(attempt.group, attempt.epoch, attempt.reserved_tokens)
         self.journal.close(entry.rid)
         self.hold.remove(entry.rid)
-        self.requests.pop(entry.rid, None)
+        request = self.requests.pop(entry.rid)
+        if request.outcome is not None:
+            request.outcome.rids.pop(entry.rid, None)
         self.redirected.discard(entry.rid)
         self.events.gone(entry.rid)
 
@@ -510,8 +541,8 @@ class Failover:
         self._close(request.entry)
         if request.outcome is not None and request.outcome.fail(failure):
             # One sub-request of a batch or n > 1 failed, so the HTTP request has: no need for the others.
-            for sibling in [other for other in self.requests.values() if other.outcome is request.outcome]:
-                self.abort(AbortReq(rid=sibling.entry.rid))
+            for sibling in list(request.outcome.rids):
+                self.abort(AbortReq(rid=sibling))
         reason = {"type": "abort", "status_code": failure.status, "message": failure.message, "err_type": failure.kind}
         self._host.finish_aborted(AbortReq(rid=rid, finished_reason=reason))
 

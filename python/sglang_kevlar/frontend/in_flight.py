@@ -9,6 +9,7 @@ from typing import TypeAlias
 from sglang.srt.managers.io_struct import TokenizedEmbeddingReqInput, TokenizedGenerateReqInput
 
 from sglang_kevlar.control.journal import Attempt, Entry
+from sglang_kevlar.control.routing import block_hashes
 from sglang_kevlar.frontend.outcome import RequestOutcome
 from sglang_kevlar.worker.resume import as_resumed, why_not_resumable
 
@@ -35,19 +36,20 @@ class InFlight:
         #: tokens the group that continues it computed again
         self.recomputed_now = 0
         self._message = _journalled(message, journal_interval, entry.not_continuable is None)
+        self._blocks: array[int] | None = None
         #: text the resuming group has sent again so far; None when it is past what was delivered
         self._replayed: str | None = None
 
     @property
-    def prompt(self) -> array[int]:
-        return self._message.input_ids or array("q")
-
-    @property
-    def namespace(self) -> str:
-        """What keeps radix trees apart besides the tokens."""
-        message = self._message
-        parts = [message.lora_id, getattr(message, "extra_key", None), getattr(message, "cache_salt", None)]
-        return "\0".join(part or "" for part in parts)
+    def blocks(self) -> array[int]:
+        """Of its prompt, for the router. Kept: to hash a long prompt takes longer than to send it."""
+        if self._blocks is None:
+            message = self._message
+            # What keeps radix trees apart besides the tokens.
+            parts = [message.lora_id, getattr(message, "extra_key", None), getattr(message, "cache_salt", None)]
+            namespace = "\0".join(part or "" for part in parts)
+            self._blocks = block_hashes(message.input_ids or array("q"), namespace)
+        return self._blocks
 
     @property
     def replaying(self) -> bool:

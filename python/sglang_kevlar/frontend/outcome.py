@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 #: why a request is refused or ended; also the `kind` label of sglang_kevlar_refused_requests_total
@@ -36,6 +36,8 @@ class RequestOutcome:
     first_token: bool = False
     #: something has gone out to the client: the status code can no longer change (set by the middleware)
     delivered: bool = False
+    #: its sub-requests in flight, in order (kept by the actor): found without a look at all others
+    rids: dict[str, None] = field(default_factory=dict)
 
     def fail(self, failure: Failure) -> bool:
         """The first failure wins. True when this was it: the caller then aborts the other sub-requests."""

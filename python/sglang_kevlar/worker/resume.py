@@ -8,6 +8,7 @@ besides the tokens (offsets, log-prob lists, grammar, reasoning) is put in place
 from __future__ import annotations
 
 from array import array
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.managers import io_struct
@@ -19,6 +20,11 @@ if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
 
     from sglang_kevlar.worker.scheduler import KevlarScheduler
+
+
+_FIELDS = TokenizedGenerateReqInput.__struct_fields__
+#: one call for all of them: this is done for every request of a lost group
+_values = attrgetter(*_FIELDS)
 
 
 class ResumeError(ValueError):
@@ -58,8 +64,7 @@ def register_wire_types() -> None:
 
 def as_resumed(tokenized: TokenizedGenerateReqInput, resume: ResumeState) -> ResumedGenerateReqInput:
     """``tokenized`` with ``resume``. A shallow copy: the input stays as it is, for the next redirect."""
-    fields = {name: getattr(tokenized, name) for name in TokenizedGenerateReqInput.__struct_fields__}
-    return ResumedGenerateReqInput(**fields, resume=resume)
+    return ResumedGenerateReqInput(**dict(zip(_FIELDS, _values(tokenized), strict=True)), resume=resume)
 
 
 def why_not_resumable(tokenized: TokenizedGenerateReqInput) -> str | None:
