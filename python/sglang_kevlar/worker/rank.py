@@ -10,6 +10,7 @@ from sglang_kevlar.launcher.process import die_with_parent
 if __name__ == "__main__":
     die_with_parent()
 
+import gc
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,9 @@ def _scheduler_class(incarnation: Incarnation, rank: int) -> type[Scheduler]:
                 incarnation.status.send({"status": "error", "error": describe(error)})
                 raise
             type(self).started = self
+            # Upstream asks for it once, after the server's warm-up (``/freeze_gc``), of the groups that run then.
+            gc.collect()
+            gc.freeze()
             self.heartbeat.idle()
 
     if orders is None:
