@@ -71,6 +71,15 @@ def test_namespaces_are_kept_apart():
     assert r.choose(prompt(3)) == 0
 
 
+def test_a_full_group_is_not_followed_while_another_has_room():
+    r = router(capacity=100)
+    r.started(1, 80, prompt(1))
+    assert r.choose(prompt(1), tokens=20) == 1
+    assert r.choose(prompt(1), tokens=21) == 0
+    r.started(0, 79, [])
+    assert r.choose(prompt(1), tokens=30) == 1  # it would have to wait there, too
+
+
 def test_a_much_busier_group_is_not_followed():
     r = router()
     for _ in range(IMBALANCE_REQUESTS):

@@ -1,4 +1,4 @@
-"""Which group gets a request: the one that has its prefix cached, unless it is much busier than another.
+"""Which group gets a request: the one that has its prefix cached, unless it is full or much busier than another.
 
 The router remembers which blocks of prompt tokens it sent where. That is a guess at the groups' radix trees, good
 enough to choose by and bounded; the trees themselves stay the judges of what is a hit.
@@ -62,9 +62,10 @@ class Router:
         if gone is not None and heir in self.groups:
             self.groups[heir].remember(gone.blocks)
 
-    def choose(self, blocks: Sequence[int], spread: bool = False) -> int | None:
+    def choose(self, blocks: Sequence[int], tokens: int = 0, spread: bool = False) -> int | None:
         """The group for a prompt of these blocks (`block_hashes`), or None when none serves.
 
+        ``tokens``: what it may take of a group's KV pool. Where that is not free it would wait, or push out others.
         ``spread`` ignores prefixes: redirected requests go to whoever is least busy, so that a lost group's
         requests land on all survivors and not on one.
         """
@@ -82,7 +83,7 @@ class Router:
                 hits += 1
             if hits > matched:
                 best, matched = group, hits
-        if best != least and self._much_busier(best, least):
+        if best != least and (self._much_busier(best, least) or self._only_fits(least, best, tokens)):
             return least
         return best
 
@@ -113,6 +114,9 @@ class Router:
     def _busy(self, group: int) -> tuple[int, int, int]:
         load = self.groups[group]
         return (load.tokens, load.requests, group)
+
+    def _only_fits(self, group: int, other: int, tokens: int) -> bool:
+        return self.groups[group].fits(tokens) and not self.groups[other].fits(tokens)
 
     def _much_busier(self, group: int, least: int) -> bool:
         busy, idle = self.groups[group].requests, self.groups[least].requests

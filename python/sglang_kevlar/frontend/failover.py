@@ -382,7 +382,7 @@ class Failover:
         if heir is not None and (heir.requests == 0 or heir.fits(request.entry.reserved_tokens)):
             assert request.heir is not None
             return request.heir
-        group = self.router.choose(request.blocks, spread)
+        group = self.router.choose(request.blocks, request.entry.reserved_tokens, spread)
         assert group is not None, "asked only while a group serves"
         return group
 
