@@ -93,14 +93,16 @@ def _fork(channel: socket.socket, data: bytes, descriptors: list[int]) -> int:
     between = os.fork()
     if between == 0:
         # Its only task is to die, which leaves the member to the supervisor.
-        member = os.fork()
-        if member == 0:
-            os.close(reader)
-            os.close(writer)
-            channel.close()
-            _become(module, argv, *descriptors)
-        os.write(writer, str(member).encode())
-        os._exit(0)
+        try:
+            member = os.fork()
+            if member == 0:
+                os.close(reader)
+                os.close(writer)
+                channel.close()
+                _become(module, argv, *descriptors)
+            os.write(writer, str(member).encode())
+        finally:
+            os._exit(0)
     os.close(writer)
     with os.fdopen(reader) as told:
         pid = told.read()
@@ -138,7 +140,7 @@ def _restore_threads() -> None:
     if wanted:
         os.environ["OMP_NUM_THREADS"] = wanted
     else:
-        del os.environ["OMP_NUM_THREADS"]
+        os.environ.pop("OMP_NUM_THREADS", None)
     first = wanted.partition(",")[0].strip()
     if (torch := sys.modules.get("torch")) is not None:
         torch.set_num_threads(int(first) if first.isdecimal() and int(first) else len(os.sched_getaffinity(0)))
