@@ -290,7 +290,8 @@ class Faults:
             try:
                 account = await asyncio.to_thread(ask, endpoint, Report())
             except Disobeyed as error:
-                self._record("frames", group=target.group, reason=str(error))
+                known = self._harmed_by.get(target.process, {})
+                self._record("frames", group=target.group, harmed=known, reason=str(error))
                 return
             self._harmed_by[target.process] = account.harmed
             if account.to_harm == 0 or time.monotonic() > deadline:
