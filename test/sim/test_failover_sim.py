@@ -129,6 +129,8 @@ def test_a_message_overtaken_at_a_loss_is_noticed(monkeypatch):
         async def _receive(self, channel: Any) -> None:
             while not channel.closed:
                 await channel.arrival()
+                if channel.closed:
+                    return
                 message = channel.take()
                 async with self._turn:
                     if not channel.closed:
