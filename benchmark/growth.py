@@ -34,6 +34,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from growth_world import Frontend, Point, StandIns, Watcher
 
+from servers import exit_on_sigterm
 from sglang_kevlar.protocol.launch import Paths
 
 REQUESTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -256,6 +257,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="few sizes, once each: whether it works, no figures")
     args = parser.parse_args()
+    exit_on_sigterm()
     if args.quick:
         args.requests, args.contexts, args.groups, args.repeats = [1, 16, 64], [256, 2048], [2, 4], 1
     values: Results = {}

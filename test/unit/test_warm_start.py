@@ -225,16 +225,16 @@ print(torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS"), flush=True)
 """
 
 
+def threads(how: str, environment: dict[str, str]) -> str:
+    base = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    command = [sys.executable, "-c", THREADS, how]
+    done = subprocess.run(command, env=base | environment, capture_output=True, text=True, timeout=120, check=True)
+    return done.stdout
+
+
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
-@pytest.mark.parametrize("wanted", ["", "2"])
-def test_a_fork_computes_with_as_many_threads_as_a_process_that_starts_cold(wanted: str) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    cold = environment | ({"OMP_NUM_THREADS": wanted} if wanted else {})
-    warm = environment | {"OMP_NUM_THREADS": "1", "SGLANG_KEVLAR_OMP_NUM_THREADS": wanted}
-    outputs = [
-        subprocess.run(
-            [sys.executable, "-c", THREADS, how], env=env, capture_output=True, text=True, timeout=120, check=True
-        ).stdout
-        for how, env in (("cold", cold), ("fork", warm))
-    ]
-    assert outputs[0] == outputs[1]
+def test_a_fork_computes_with_as_many_threads_as_it_was_told() -> None:
+    told = threads("fork", {"OMP_NUM_THREADS": "1", "SGLANG_KEVLAR_OMP_NUM_THREADS": "2"})
+    assert told == threads("cold", {"OMP_NUM_THREADS": "2"}) == "2 2\n"
+    untold = threads("fork", {"OMP_NUM_THREADS": "1", "SGLANG_KEVLAR_OMP_NUM_THREADS": ""})
+    assert untold == f"{len(os.sched_getaffinity(0))} None\n"

@@ -15,7 +15,7 @@ from sglang_kevlar.worker.warm_start import WarmStart
 class Member:
     """A rank or a detokenizer, from its start to its end."""
 
-    def __init__(self, name: str, command: Sequence[str], warm: WarmStart | None) -> None:
+    def __init__(self, name: str, command: Sequence[str], warm: WarmStart) -> None:
         self.name = name
         self.ready = False
         #: what it said when it became ready
@@ -23,8 +23,9 @@ class Member:
         self.stderr = MemberStderr()
         self._status = StatusReader()
         ready, stderr = self._status.writer, self.stderr.writer
-        forked = None if warm is None else warm.fork(name, command, stderr, ready)
-        self.process = forked or spawn(name, [*command, "--ready-fd", str(ready)], pass_fds=[ready], stderr=stderr)
+        self.process = warm.fork(name, command, stderr, ready) or spawn(
+            name, [*command, "--ready-fd", str(ready)], pass_fds=[ready], stderr=stderr
+        )
         self.stderr.close_writer()
         os.close(ready)
 

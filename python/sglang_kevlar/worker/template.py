@@ -135,7 +135,7 @@ def _become(module: str, argv: list[str], stderr: int, ready: int, go: int) -> N
 
 
 def _restore_threads() -> None:
-    """As many threads to compute with as a process that starts cold has."""
+    """Threads to compute with: as ``OMP_NUM_THREADS`` of the supervisor says, or as many as there are usable cores."""
     wanted = os.environ.pop(OMP_ENV)
     if wanted:
         os.environ["OMP_NUM_THREADS"] = wanted

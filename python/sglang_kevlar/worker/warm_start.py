@@ -112,8 +112,9 @@ class WarmStart:
             socket.send_fds(self._channel, [request], [stderr, ready, reader])
             answer = self._receive()
             if isinstance(pid := answer.get("pid"), int):
+                member = adopted(name, pid)  # first: one that goes on is one that we know
                 os.write(go, b"1")
-                return adopted(name, pid)
+                return member
             reason = str(answer.get("error", "no answer"))
         except OSError as error:
             reason = str(error)
