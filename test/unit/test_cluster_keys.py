@@ -49,8 +49,9 @@ def test_a_holder_of_the_key_is_heard(context: zmq.Context) -> None:
     key = made()
     admission = keys.admit_only(context, key)
     server, endpoint = listening(context, key)
-    dialled(context, key, endpoint)
+    client = dialled(context, key, endpoint)
     assert heard(server, WAIT) == b"hello"
+    client.close()
     admission.stop()
 
 
@@ -65,10 +66,12 @@ def test_others_are_not(context: zmq.Context, which: str) -> None:
         client.connect(endpoint)
         client.send(b"hello")
     else:
-        dialled(context, None if which == "none" else other, endpoint)
+        client = dialled(context, None if which == "none" else other, endpoint)
     assert heard(server, 500) is None
-    dialled(context, key, endpoint)
+    client.close()
+    client = dialled(context, key, endpoint)
     assert heard(server, WAIT) == b"hello"
+    client.close()
     admission.stop()
 
 

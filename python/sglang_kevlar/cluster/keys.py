@@ -66,7 +66,7 @@ def load(path: str | None) -> ClusterKey | None:
         if len(secret) != _LENGTH:
             raise ValueError
         return ClusterKey(secret, zmq.curve_public(secret))
-    except ValueError:
+    except (ValueError, zmq.ZMQError):
         raise KeyProblem(f"{source} is no cluster key; python -m sglang_kevlar.cluster.keys makes one") from None
 
 
