@@ -63,6 +63,9 @@ class Link:
         self.ended = dict.fromkeys(self.to, False)
         self.silent = 0
 
+    def answer_to(self, name: str) -> Taken:
+        return Taken(count=next(count for end, count in self.taken.items() if end != name))
+
     def other(self, end: SimFrontend) -> SimFrontend:
         return self.ends[end is self.ends[0]]
 
@@ -366,7 +369,10 @@ class World:
                 self.faults.counts["abandoned"] += 1
                 end.abandon(abandoned.rid, "a peer has it")
         if answers:
-            link.to[peer.name].append(Taken(count=link.taken[end.name]))
+            self.answer(link, peer.name)
+
+    def answer(self, link: Link, name: str) -> None:
+        link.to[name].append(link.answer_to(name))
 
     def end(self, link: Link) -> None:
         """Each side in its own time, when it runs."""

@@ -16,8 +16,6 @@ from frontends_world import World, simulate
 
 from sglang_kevlar.control.directory import Directory
 from sglang_kevlar.control.lineage import Lineage
-from sglang_kevlar.control.replication import Replication
-from sglang_kevlar.protocol.records import Complete
 
 SEEDS = 24
 FRESH = 8
@@ -70,11 +68,6 @@ def test_an_output_that_is_told_before_its_peers_have_it(caught: None, monkeypat
 
 def test_a_client_continued_behind_whatever_it_has(caught: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Lineage, "shares", lambda self, tag, point: True)
-
-
-def test_a_peer_that_is_told_last_what_there_was(caught: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    joined = Replication.joined
-    monkeypatch.setattr(Replication, "joined", lambda self, name: [Complete(), *joined(self, name)[:-1]])
 
 
 def test_a_frontend_that_starts_and_does_not_ask_what_others_have(
