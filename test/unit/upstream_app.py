@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from http import HTTPStatus
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +13,7 @@ from unittest.mock import MagicMock
 from sglang_kevlar.frontend import middleware
 from sglang_kevlar.frontend.kept import endpoints as kept_endpoints
 from sglang_kevlar.frontend.kept.registry import KeptRuns
-from sglang_kevlar.frontend.outcome import Failure, outcome_of
+from sglang_kevlar.frontend.outcome import Failure, RequestOutcome, outcome_of
 from sglang_kevlar.platform import torchvision_shim
 
 torchvision_shim.install()
@@ -32,6 +32,7 @@ class StubManager:
 
     def __init__(self) -> None:
         self.fail_after: int | None = None
+        self.config: dict[str, Any] = {}
         self.tokenizer = MagicMock()
         self.tokenizer.encode.return_value = [1, 2]
         self.tokenizer.apply_chat_template.return_value = [1, 2]
@@ -42,7 +43,7 @@ class StubManager:
         self.num_reserved_tokens = 0
 
     def config_value(self, name: str) -> Any:
-        return None
+        return self.config.get(name)
 
     def create_abort_task(self, obj: Any) -> None:
         return None
@@ -50,6 +51,14 @@ class StubManager:
     async def generate_request(self, obj: Any, request: Any = None) -> AsyncIterator[Any]:
         outcome = outcome_of(request)
         assert outcome is not None
+        outputs = self.outputs(obj, outcome)
+        if outcome.kept is not None:
+            outcome.kept.name(obj)
+            outputs = outcome.kept.watch(outputs)
+        async for output in outputs:
+            yield output
+
+    async def outputs(self, obj: Any, outcome: RequestOutcome) -> AsyncGenerator[Any]:
         for i in range(len(WORDS) + 1):
             await asyncio.sleep(0)
             if i == self.fail_after:

@@ -75,57 +75,81 @@ class KeptMiddleware:
         key, principal = headers["idempotency-key"], principal_of(headers)
         if not _KEY.fullmatch(key):
             raise Refused(400, "Idempotency-Key: 1 to 255 visible ASCII characters")
-        body = await self._body(receive)
-        if body is None:
+        # The body of a request that is here already is only compared: taking up again needs no room.
+        is_new = self._runs.find(principal, key) is None
+        body = _Body(scope)
+        if not await self._read(receive, body, is_new):
             return None
-        digest = _digest(scope, body)
         wanted, last_id = headers.get(RID_HEADER.decode()), headers.get("last-event-id")
         # From here to the run's beginning nothing is awaited: of two that come at once one finds the other's.
         found = self._runs.find(principal, key)
         if found is None:
             if wanted is not None or last_id is not None:
                 raise Refused(404, "no request with this Idempotency-Key is kept here: it cannot be taken up again")
-            run = self._begin(principal, key, digest, body)
-            self._runs.serve(run, self.app, dict(scope), body)
+            if not is_new:
+                raise Refused(503, "the request with this Idempotency-Key has just failed: try again", 1)
+            run = self._begin(principal, key, body)
+            self._runs.serve(run, self.app, dict(scope), body.whole())
             return Reader(run, 0)
         run = attachable(found)
-        if run.kept.digest != digest:
+        if run.kept.digest != body.digest():
             raise Refused(422, "this Idempotency-Key was used with another request: path, query or body differ")
         if wanted is not None and wanted != run.kept.rid:
             raise Refused(409, f"this Idempotency-Key belongs to request {run.kept.rid}, not {wanted[:128]}")
         return Reader(run, 0 if last_id is None else index_behind(run, last_id))
 
-    def _begin(self, principal: str, key: str, digest: bytes, body: bytes) -> Run:
-        rid = _rid(body)
+    def _begin(self, principal: str, key: str, body: _Body) -> Run:
+        rid = _rid(body.whole())
         try:
-            return self._runs.begin(principal, key, rid, digest, body)
+            return self._runs.begin(principal, key, rid, body.digest(), body.size)
         except NoRoom as error:
             raise Refused(503, f"cannot keep this request: {error}", RETRY_AFTER) from None
         except RidTaken:
             raise Refused(409, f"request {rid} is kept under another Idempotency-Key") from None
 
-    async def _body(self, receive: Receive) -> bytes | None:
-        """None when the client left. Raises Refused when it is too large to be kept."""
-        requests = self._runs.requests
-        pieces: list[bytes] = []
-        reserved = 0
+    async def _read(self, receive: Receive, body: _Body, keep: bool) -> bool:
+        """False when the client left. Raises Refused when it is too large to be kept."""
+        requests, reserved = self._runs.requests, 0
         try:
             while True:
                 message = await receive()
                 if message["type"] != "http.request":
-                    return None
+                    return False
                 piece = message.get("body", b"")
-                if reserved + len(piece) > requests.memory:
+                if body.size + len(piece) > requests.memory:
                     raise Refused(413, "the request is larger than --stream-memory: send it without Idempotency-Key")
-                if not requests.reserve(len(piece)):
+                if keep and not requests.reserve(len(piece)):
                     raise Refused(503, f"cannot keep this request: {NO_ROOM}", RETRY_AFTER)
-                reserved += len(piece)
-                pieces.append(piece)
+                reserved += len(piece) if keep else 0
+                body.add(piece, keep)
                 if not message.get("more_body", False):
-                    return b"".join(pieces)
+                    return True
         finally:
             # Whoever keeps the request takes the room for its body without a wait in between.
             requests.release(reserved)
+
+
+class _Body:
+    """A request as it arrives: what it is, by its digest, and its bytes if they are to be kept."""
+
+    def __init__(self, scope: Scope) -> None:
+        self._digest = hashlib.sha256(scope["path"].encode() + b"?" + scope.get("query_string", b"") + b"\0")
+        self._pieces: list[bytes] = []
+        self.size = 0
+
+    def add(self, piece: bytes, keep: bool) -> None:
+        self._digest.update(piece)
+        self.size += len(piece)
+        if keep:
+            self._pieces.append(piece)
+
+    def digest(self) -> bytes:
+        return self._digest.digest()
+
+    def whole(self) -> bytes:
+        if len(self._pieces) > 1:
+            self._pieces = [b"".join(self._pieces)]
+        return self._pieces[0]
 
 
 def attachable(found: Run | Gone) -> Run:
@@ -162,12 +186,6 @@ def principal_of(headers: Headers) -> str:
 
 def _has_key(headers: Iterable[tuple[bytes, bytes]]) -> bool:
     return any(name == KEY_HEADER for name, _ in headers)
-
-
-def _digest(scope: Scope, body: bytes) -> bytes:
-    digest = hashlib.sha256(scope["path"].encode() + b"?" + scope.get("query_string", b"") + b"\0")
-    digest.update(body)
-    return digest.digest()
 
 
 def _rid(body: bytes) -> str:

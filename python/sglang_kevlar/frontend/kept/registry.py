@@ -33,10 +33,10 @@ class KeptRuns:
     def _run(self, found: Kept | Gone | None) -> Run | Gone | None:
         return self._runs[found] if isinstance(found, Kept) else found
 
-    def begin(self, principal: str, key: str, rid: str, digest: bytes, body: bytes) -> Run:
-        """A new run, not yet serving. Raises NoRoom, RidTaken."""
+    def begin(self, principal: str, key: str, rid: str, digest: bytes, body: int) -> Run:
+        """A new run, not yet serving; ``body``: the bytes of its request. Raises NoRoom, RidTaken."""
         now = asyncio.get_running_loop().time()
-        kept = self.requests.add(principal, key, rid, digest, len(body), now)
+        kept = self.requests.add(principal, key, rid, digest, body, now)
         run = self._runs[kept] = Run(kept, self.requests)
         if self._sweeper is None:
             self._sweep()

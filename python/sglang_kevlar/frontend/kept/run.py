@@ -59,6 +59,8 @@ class Run:
                 record = await recorder.begin(self._request(scope, body))
             self._progress = Progress(self.kept.rid, record)
             scope[SCOPE_KEY] = RequestOutcome(kept=self._progress)
+            # Towards the endpoint we are the server: one that tells of a client's leaving by `receive`, and only there.
+            scope["asgi"] = {**scope.get("asgi", {}), "spec_version": "2.3"}
             await app(scope, self._receive, self._send)
             if not self.kept.ended:
                 raise BrokenOff("the endpoint did not complete its response")
@@ -100,6 +102,8 @@ class Run:
             # The response is out; what an endpoint does after it is its own affair.
             logger.error("kept request %s: its endpoint failed after its response", self.kept.rid, exc_info=error)
             return
+        if self._abandoned.is_set():
+            return
         self.failure = error
         if self.start is None:
             self._requests.forget(self.kept, "its endpoint failed")
@@ -117,7 +121,7 @@ class Run:
 
     async def _send(self, message: Message) -> None:
         if self._abandoned.is_set():
-            raise OSError("nobody takes this response any more")
+            return
         if message["type"] == "http.response.start":
             self._begin(message)
         elif message["type"] == "http.response.body":
@@ -148,22 +152,26 @@ class Run:
     async def _append(self, events: list[bytes], tokens: int) -> None:
         kept = self.kept
         for event in events:
-            if kept.closed is not None:
-                await self._caught_up()
+            if kept.closed is not None and not await self._caught_up():
+                return
             last = kept.log.last
             position = Position(tokens, last.number + 1 if last is not None and last.tokens == tokens else 0)
             if self.numbered:
                 event = with_id(event, kept.rid, position)
             self._requests.append(kept, event, position)
 
-    async def _caught_up(self) -> None:
-        """Until the slowest client has what there is: a closed request holds no more than one event."""
+    async def _caught_up(self) -> bool:
+        """Waits until the slowest client has what there is: a closed request holds no more than one event.
+
+        False when no client is left, and so none can come.
+        """
         while any(reader.index < self.kept.log.end for reader in self._readers):
             self.wake()
             await self.changed()
         if not self._readers:
             self._requests.drop(self.kept, self.kept.closed or "")
-            raise OSError("nobody takes this response any more")
+            self.abandon()
+        return not self._abandoned.is_set()
 
     # ---- the clients' side
 
@@ -192,8 +200,8 @@ class Run:
     def moved(self) -> None:
         """A client has read, or left."""
         self.kept.touched = asyncio.get_running_loop().time()
-        if self.kept.closed is not None and self._readers:
-            self._requests.discard(self.kept, min(reader.index for reader in self._readers))
+        if self.kept.closed is not None:
+            self._requests.discard(self.kept, min((reader.index for reader in self._readers), default=0))
             self.wake()
 
 
