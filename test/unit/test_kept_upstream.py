@@ -227,7 +227,7 @@ def test_cut_anywhere_each_endpoint_gives_every_event_once(case: str, seed: int)
         while True:
             exchange = post(app, case, **({"Last_Event_ID": id_of(got[-1])} if got else {}))
             wanted = chance.randrange(1, 5)
-            await exchange.until(lambda e: len(e.events) >= wanted or e.complete)
+            await exchange.until(lambda e, w=wanted: len(e.events) >= w or e.complete)
             done = exchange.complete
             await exchange.leave()
             got += exchange.events
