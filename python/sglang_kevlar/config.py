@@ -136,6 +136,12 @@ _FLAGS: dict[str, _Flag] = {
         _share,
         "SHARE",
     ),
+    "stream_retention": _Flag(
+        "A request with an Idempotency-Key can be taken up again this many seconds after its end. While it runs it is "
+        "aborted when no client has been attached for as long.",
+        _positive,
+    ),
+    "stream_memory": _Flag("Most memory, in MiB, for the bodies and responses of such requests.", _at_least(1), "MIB"),
     "allow_chaos": _Flag(
         "For staging: ranks take orders of python -m sglang_kevlar.chaos to raise, to hang, and to harm frames of the "
         "shadow.",

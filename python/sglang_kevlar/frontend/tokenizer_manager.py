@@ -39,6 +39,7 @@ from sglang_kevlar.frontend.control_requests import ControlRequests
 from sglang_kevlar.frontend.endpoints import GroupStateConflict, UnknownGroup, first_answer
 from sglang_kevlar.frontend.failover import Failover
 from sglang_kevlar.frontend.host import BatchOutput, Host
+from sglang_kevlar.frontend.kept.registry import KeptRuns
 from sglang_kevlar.frontend.loads import GroupLoadReader
 from sglang_kevlar.frontend.monitor import GroupMonitor
 from sglang_kevlar.frontend.outcome import Failure, RequestOutcome, outcome_of
@@ -70,6 +71,8 @@ class KevlarTokenizerManager(TokenizerManager, Host):
         self.started_at = time.monotonic()
         #: HTTP requests and Engine calls that are under way, in whatever stage
         self._generating = 0
+        #: requests that outlive their connection
+        self.kept = KeptRuns(plan.kevlar.stream_retention, plan.kevlar.stream_memory << 20)
         register_wire_types()
         super().__init__(server_args, port_args)
 
@@ -155,8 +158,12 @@ class KevlarTokenizerManager(TokenizerManager, Host):
     async def generate_request(
         self, obj: GenerateReqInput | EmbeddingReqInput, request: fastapi.Request | None = None
     ) -> AsyncIterator[Any]:
-        _current_outcome.set(outcome_of(request))
+        outcome = outcome_of(request)
+        _current_outcome.set(outcome)
         stream = super().generate_request(obj, request)
+        if outcome is not None and outcome.kept is not None:
+            outcome.kept.name(obj)
+            stream = outcome.kept.watch(stream)
         self._generating += 1
         try:
             async for output in stream:
@@ -279,6 +286,7 @@ class KevlarTokenizerManager(TokenizerManager, Host):
             "uptime_s": round(time.monotonic() - self.started_at, 3),
             "held": len(self.failover.hold),
             "groups": groups,
+            "kept": self.kept.status(),
             "failovers": self.failover.events.history(),
         }
 
@@ -344,6 +352,7 @@ class KevlarTokenizerManager(TokenizerManager, Host):
         """Drain, then stop the HTTP server. The launcher, which sent the signal, ends the groups after us."""
         while not self.gracefully_exit:
             await asyncio.sleep(0.1)
+        self.kept.drain()
         # Not rid_to_state, as upstream does: it keeps an entry for ever of every request with n > 1.
         remaining = -1
         while requests := max(len(self.failover.requests), self._generating):

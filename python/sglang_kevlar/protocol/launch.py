@@ -54,6 +54,9 @@ class KevlarArgs(msgspec.Struct, frozen=True, kw_only=True):
     shadow_transport: Literal["shm", "mooncake"] = "shm"
     #: share of the promotions that are computed instead, and compared
     shadow_audit: float = 0.0
+    #: how long a request with an Idempotency-Key is kept without a client, and MiB for all of them (`frontend.kept`)
+    stream_retention: float = 60.0
+    stream_memory: int = 256
     #: ranks take orders of `sglang_kevlar.chaos`
     allow_chaos: bool = False
 
