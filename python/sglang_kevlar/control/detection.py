@@ -36,8 +36,9 @@ SAMPLE_INTERVAL = 0.5
 SUPERVISOR = "supervisor"
 _BUSY = (Phase.FORWARD, Phase.CONTROL)
 
-#: "unfit": the frontend cannot use it (does not connect, does not read, cannot be brought up to date)
-LossKind = Literal["exit", "stopped", "hang", "errors", "report", "unfit", "operator"]
+#: "unfit": the frontend cannot use it (does not connect, does not read, cannot be brought up to date). Of groups on other
+#: hosts: "network", their session ended; "left", they said so.
+LossKind = Literal["exit", "stopped", "hang", "errors", "report", "unfit", "operator", "network", "left"]
 
 
 class CpuTime(msgspec.Struct, frozen=True):

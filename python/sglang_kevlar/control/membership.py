@@ -73,6 +73,7 @@ class Group:
         #: 0 until the first report
         self.epoch = 0
         self.stage: Literal["starting", "ready", "down"] = "starting"
+        #: takes no new requests; stays through restarts. Set by the frontend
         self.draining = False
         #: why the last epoch ended; empty while ready
         self.cause = ""

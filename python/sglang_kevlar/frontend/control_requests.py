@@ -15,7 +15,7 @@ from sglang.srt.managers.io_struct import (
     UpdateWeightFromDiskReqOutput,
 )
 
-from sglang_kevlar.frontend.channels import GroupChannel
+from sglang_kevlar.frontend.channels import Channel
 from sglang_kevlar.frontend.fan_out import GroupCommunicator, GroupEpoch, reason_of
 from sglang_kevlar.frontend.replay import RunTimeChanges, changes_weights
 from sglang_kevlar.frontend.update_groups import UpdateGroups
@@ -126,7 +126,7 @@ class ControlRequests:
 
     # ---- groups that start ---------------------------------------------------------------------------------------
 
-    async def prepare(self, channel: GroupChannel) -> str | None:
+    async def prepare(self, channel: Channel) -> str | None:
         """Replay changes to a group that starts, one by one, also those that come meanwhile. See Host."""
         if self._changes.has_all(channel.group, channel.epoch):
             return None  # it served the frontend before this one
@@ -150,7 +150,7 @@ class ControlRequests:
             applied.append(missing[0])
         return None
 
-    async def _replay(self, channel: GroupChannel, change: Any) -> str | None:
+    async def _replay(self, channel: Channel, change: Any) -> str | None:
         name = type(change).__name__.removesuffix("ReqInput")
         logger.info("worker group %d (epoch %d): replaying %s", channel.group, channel.epoch, name)
         if isinstance(change, _UNANSWERED):
