@@ -57,6 +57,10 @@ class Dialler:
         """Without a session it goes nowhere. Raises ValueError for what is too large."""
         self._act(self.end.outputs(epoch, payload, time.monotonic()))
 
+    def reject(self, problem: str) -> None:
+        """For a fault that is noticed above: the session ends, and the next is tried."""
+        self._on_bad(problem, time.monotonic())
+
     def close(self, reason: str) -> None:
         """Leave, and be gone."""
         self._act(self.end.leave(reason, time.monotonic()))

@@ -25,6 +25,17 @@ READS: dict[type, type] = {
     io_struct.CheckWeightsReqInput: io_struct.CheckWeightsReqOutput,
 }
 
+#: Control requests after which the group gives other answers than one that has started anew.
+CHANGES: tuple[type, ...] = (
+    io_struct.UpdateWeightFromDiskReqInput,
+    io_struct.UpdateWeightVersionReqInput,
+    io_struct.UpdateWeightsFromDistributedReqInput,
+    io_struct.BeginWeightUpdateReqInput,
+    io_struct.EndWeightUpdateReqInput,
+    io_struct.LoadLoRAAdapterReqInput,
+    io_struct.UnloadLoRAAdapterReqInput,
+)
+
 #: to a group. Not here, for what they carry is pickled or a handle of one host: updates and adapters from tensors, IPC
 #: updates. Not here either: what the launcher or one scheduler alone is concerned with.
 _TO_GROUP: tuple[type, ...] = (
@@ -34,20 +45,14 @@ _TO_GROUP: tuple[type, ...] = (
     io_struct.AbortReq,
     ShadowPlanReq,
     *READS,
+    *CHANGES,
     io_struct.FlushCacheReqInput,
     io_struct.PauseGenerationReqInput,
     io_struct.ContinueGenerationReqInput,
-    io_struct.UpdateWeightFromDiskReqInput,
-    io_struct.UpdateWeightVersionReqInput,
-    io_struct.UpdateWeightsFromDistributedReqInput,
     io_struct.InitWeightsUpdateGroupReqInput,
     io_struct.DestroyWeightsUpdateGroupReqInput,
-    io_struct.BeginWeightUpdateReqInput,
-    io_struct.EndWeightUpdateReqInput,
     io_struct.ReleaseMemoryOccupationReqInput,
     io_struct.ResumeMemoryOccupationReqInput,
-    io_struct.LoadLoRAAdapterReqInput,
-    io_struct.UnloadLoRAAdapterReqInput,
     io_struct.SetInternalStateReq,
     io_struct.ProfileReq,
     io_struct.ExpertDistributionReq,
@@ -88,6 +93,10 @@ _ARRAY, _TENSOR, _NUMPY = 1, 2, 3
 
 class NotForNetwork(ValueError):
     """This message cannot go to, or come from, another host; the text says why."""
+
+
+def reads(message: Any) -> bool:
+    return type(message) in READS
 
 
 def encode(message: Any) -> bytes:

@@ -27,6 +27,7 @@ from sglang_kevlar.control.session import (
 )
 from sglang_kevlar.protocol.cluster import (
     CLUSTER_VERSION,
+    Ask,
     Beat,
     Configuration,
     FromGroup,
@@ -38,7 +39,9 @@ from sglang_kevlar.protocol.cluster import (
     Over,
     Refused,
     Requests,
+    Setup,
     State,
+    Told,
     Welcome,
     clip,
     payload_problem,
@@ -67,7 +70,7 @@ class FrontendEnd:
             return self.end("protocol", f"it speaks of session {message.session} on the connection of another", now)
         link = self.link
         problem: str | None
-        if isinstance(message, Join):
+        if isinstance(message, Join | Ask):
             problem = "it joins twice"
         elif isinstance(message, Over):
             return self.end("over", message.reason, now, tell=False)
@@ -144,9 +147,11 @@ class Sessions:
     Methods that speak of a session that is over, or never was, do nothing: that it ended is already said.
     """
 
-    def __init__(self, frontend: str, configuration: Configuration, lease: float) -> None:
+    def __init__(self, frontend: str, configuration: Configuration, lease: float, setup: Setup | None = None) -> None:
         self.frontend = frontend
         self.configuration = configuration
+        #: what those are told that ask before they start
+        self.setup = setup
         self.lease = lease
         #: why nobody may join any more, and whether another try may be worth it
         self.closed: tuple[str, float | None] | None = None
@@ -172,6 +177,8 @@ class Sessions:
             return self._settle(end, end.on_message(message, now))
         if isinstance(message, Join):
             return self._join(sender, message, now)
+        if isinstance(message, Ask):
+            return self._tell(sender, message)
         if isinstance(message, Over):
             return [HangUp(sender)]
         return [Send(sender, Over(session=message.session, reason="there is no such session")), HangUp(sender)]
@@ -182,8 +189,7 @@ class Sessions:
         if end is not None:
             return self._settle(end, end.end("protocol", f"not a message of this protocol: {problem}", now))
         if version is not None and version != CLUSTER_VERSION:
-            reason = f"this frontend speaks version {CLUSTER_VERSION} of the cluster's protocol, the group {version}"
-            return _refused(sender, session, reason, None)
+            return _refused(sender, session, _other_version(version), None)
         return [Send(sender, Over(session=session, reason=clip(f"not a message of this protocol: {problem}"))),
                 HangUp(sender)]  # fmt: skip
 
@@ -225,13 +231,19 @@ class Sessions:
             effects += self._settle(end, end.leave(reason, now))
         return effects
 
+    def _tell(self, sender: bytes, ask: Ask) -> list[Effect]:
+        if ask.version != CLUSTER_VERSION:
+            return _refused(sender, ask.session, _other_version(ask.version), None)
+        if self.closed is not None:
+            return _refused(sender, ask.session, *self.closed)
+        if self.setup is None:
+            return _refused(sender, ask.session, "this frontend tells nobody with what to start", None)
+        return [Send(sender, Told(session=ask.session, setup=self.setup)), HangUp(sender)]
+
     def _join(self, sender: bytes, join: Join, now: float) -> list[Effect]:
         identity, effects = join.identity, list[Effect]()
         if join.version != CLUSTER_VERSION:
-            reason = (
-                f"this frontend speaks version {CLUSTER_VERSION} of the cluster's protocol, the group {join.version}"
-            )
-            return _refused(sender, join.session, reason, None)
+            return _refused(sender, join.session, _other_version(join.version), None)
         if self.closed is not None:
             return _refused(sender, join.session, *self.closed)
         if differences := self.configuration.differences(join.configuration):
@@ -263,6 +275,10 @@ class Sessions:
         if end.over:
             del self._by_sender[end.sender], self._by_session[end.session], self._by_name[end.identity.name]
         return effects
+
+
+def _other_version(version: int) -> str:
+    return f"this frontend speaks version {CLUSTER_VERSION} of the cluster's protocol, the group {version}"
 
 
 def _refused(sender: bytes, session: str, reason: str, retry_s: float | None) -> list[Effect]:

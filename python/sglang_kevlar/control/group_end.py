@@ -41,6 +41,7 @@ from sglang_kevlar.protocol.cluster import (
     Refused,
     Requests,
     State,
+    Told,
     ToGroup,
     Welcome,
     clip,
@@ -141,7 +142,7 @@ class GroupEnd:
         problem: str | None
         if isinstance(message, Over):
             return self._ended("over", message.reason, now, now, tell=False)
-        if isinstance(message, Welcome | Refused):
+        if isinstance(message, Welcome | Refused | Told):
             problem = "a second answer to a join"
         elif isinstance(message, Beat):
             problem = link.on_beat(message)

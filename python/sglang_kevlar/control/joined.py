@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from sglang_kevlar.control.detection import EpochWatch, Loss, LossKind
+from sglang_kevlar.control.detection import EpochWatch, Loss
 from sglang_kevlar.control.membership import (
     Event,
     GroupKill,
@@ -21,6 +21,7 @@ from sglang_kevlar.control.membership import (
     State,
 )
 from sglang_kevlar.protocol.cluster import GroupState, Identity
+from sglang_kevlar.protocol.group import LossKind
 from sglang_kevlar.protocol.launch import KevlarArgs
 
 #: seconds after which a group that was lost and did not come back is no longer counted as missing
@@ -47,7 +48,7 @@ class JoinedGroup:
         self.cause = ""
         self.link: Link = "down"
         #: None while it is not connected
-        self.session: bytes | None = None
+        self.session: str | None = None
         self.state: GroupState | None = None
         #: its processes' own statement, and what we make of its silence
         self.suspicions: tuple[str, ...] = ()
@@ -55,6 +56,10 @@ class JoinedGroup:
         self.kill: GroupKill | None = None
         self.errors: EpochWatch | None = None
         self.away_since: float | None = None
+
+    def may_change(self) -> bool:
+        """Whether it takes changes from this frontend."""
+        return self.state is not None and self.state.primary
 
     @property
     def status(self) -> State:
@@ -74,18 +79,18 @@ class JoinedGroups:
         self.groups: dict[int, JoinedGroup] = {}
         #: id and last epoch by name, the one heard of most recently last
         self._ids: dict[str, tuple[int, int]] = {}
-        self._sessions: dict[bytes, JoinedGroup] = {}
+        self._sessions: dict[str, JoinedGroup] = {}
 
     def active(self) -> int:
         """How many should serve, whether they do or not."""
         return sum(g.role == "active" for g in self.groups.values())
 
-    def of_session(self, session: bytes) -> JoinedGroup | None:
+    def of_session(self, session: str) -> JoinedGroup | None:
         return self._sessions.get(session)
 
     # ---- what sessions say ---------------------------------------------------------------------------------------
 
-    def joined(self, session: bytes, identity: Identity, state: GroupState, now: float) -> list[Event]:
+    def joined(self, session: str, identity: Identity, state: GroupState, now: float) -> list[Event]:
         """A session was opened. One of the same name must have ended before."""
         g = self._group(identity.name)
         assert g.session is None, f"group {g.name} joined twice"
@@ -94,11 +99,11 @@ class JoinedGroups:
         g.state = None
         return self._apply(g, state, now)
 
-    def on_state(self, session: bytes, state: GroupState, now: float) -> list[Event]:
+    def on_state(self, session: str, state: GroupState, now: float) -> list[Event]:
         g = self._sessions.get(session)
         return [] if g is None else self._apply(g, state, now)
 
-    def on_silence(self, session: bytes, silent: bool) -> list[Event]:
+    def on_silence(self, session: str, silent: bool) -> list[Event]:
         """The session is silent for longer than is usual, or no longer so."""
         g = self._sessions.get(session)
         if g is None:
@@ -106,7 +111,7 @@ class JoinedGroups:
         g.link = "silent" if silent else "up"
         return self._suspect(g)
 
-    def ended(self, session: bytes, kind: LossKind, cause: str, since: float, now: float) -> list[Event]:
+    def ended(self, session: str, kind: LossKind, cause: str, since: float, now: float) -> list[Event]:
         """The session is over. A group that ``left`` on purpose is forgotten; one that was lost is missed."""
         g = self._sessions.pop(session, None)
         if g is None:
@@ -145,7 +150,7 @@ class JoinedGroups:
     # ---- one group -----------------------------------------------------------------------------------------------
 
     def _group(self, name: str) -> JoinedGroup:
-        group, epoch = self._ids.pop(name, None) or (self._free_id(), 0)
+        group, epoch = self._ids.pop(name) if name in self._ids else (self._free_id(), 0)
         self._ids[name] = (group, epoch)
         g = self.groups.get(group)
         if g is None:

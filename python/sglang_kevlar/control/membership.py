@@ -11,8 +11,8 @@ from typing import Literal
 
 import msgspec
 
-from sglang_kevlar.control.detection import SUPERVISOR, EpochWatch, Loss, LossKind, Observation
-from sglang_kevlar.protocol.group import GroupReport
+from sglang_kevlar.control.detection import SUPERVISOR, EpochWatch, Loss, Observation
+from sglang_kevlar.protocol.group import GroupReport, LossKind
 from sglang_kevlar.protocol.launch import KevlarArgs
 
 Role = Literal["active", "standby"]

@@ -61,6 +61,10 @@ class Channel:
         """Raises ChannelFull when the group does not read, CannotSend. After `close` nothing is sent."""
         raise NotImplementedError
 
+    def refusal(self, message: Any) -> str | None:
+        """Why the group cannot be asked for this, or None. To be asked before a control request goes to any."""
+        return None
+
     async def arrival(self) -> None:
         """Wait for a message. It stays in the channel, where `drain` finds it too: nothing overtakes it."""
         raise NotImplementedError

@@ -69,6 +69,9 @@ class ControlRequests:
         """
         self._check(request)
         channels = {(c.group, c.epoch): c for c in self._failover.channels.values() if c.up_to_date}
+        for channel in channels.values():
+            if (reason := channel.refusal(request)) is not None:
+                raise HTTPException(400, f"{type(request).__name__}: {reason}")
         messages = self._update_groups.messages(request, channels.keys())
         self._changes.record(request)
         weights = bool(channels) and changes_weights(request)
@@ -128,7 +131,8 @@ class ControlRequests:
 
     async def prepare(self, channel: Channel) -> str | None:
         """Replay changes to a group that starts, one by one, also those that come meanwhile. See Host."""
-        if self._changes.has_all(channel.group, channel.epoch):
+        # Of a group on another host the frontend before this one had another count.
+        if not channel.remote and self._changes.has_all(channel.group, channel.epoch):
             return None  # it served the frontend before this one
         applied: list[Any] = []
         while not channel.closed:
@@ -139,7 +143,8 @@ class ControlRequests:
                 return "a change that had been replayed to it was taken back or replaced meanwhile"
             missing = [change for change in wanted if all(change is not other for other in applied)]
             if not missing:
-                self._changes.set_up_to_date(channel.group, channel.epoch)
+                if not channel.remote:
+                    self._changes.set_up_to_date(channel.group, channel.epoch)
                 self._replayed[channel.group, channel.epoch] = applied
                 return None
             reason = await self._replay(channel, missing[0])
@@ -152,6 +157,8 @@ class ControlRequests:
 
     async def _replay(self, channel: Channel, change: Any) -> str | None:
         name = type(change).__name__.removesuffix("ReqInput")
+        if (reason := channel.refusal(change)) is not None:
+            return f"{name} cannot be replayed to it: {reason}"
         logger.info("worker group %d (epoch %d): replaying %s", channel.group, channel.epoch, name)
         if isinstance(change, _UNANSWERED):
             self._failover.send(channel, change)

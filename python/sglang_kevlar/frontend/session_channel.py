@@ -10,7 +10,7 @@ from typing import Any
 from sglang.srt.managers.load_snapshot import LoadSnapshot
 
 from sglang_kevlar.cluster import wire
-from sglang_kevlar.frontend.channels import CannotSend, Channel, ChannelFull
+from sglang_kevlar.frontend.channels import CannotSend, Channel
 
 #: outputs that may wait for the actor; more than that it does not keep up with, and the group is given up
 MAX_WAITING = 65_536
@@ -22,12 +22,20 @@ class SessionChannel(Channel):
     remote = True
 
     def __init__(
-        self, group: int, epoch: int, capacity: int, send: Callable[[bytes], bool], load: Callable[[], Any | None]
+        self,
+        group: int,
+        epoch: int,
+        capacity: int,
+        send: Callable[[bytes], None],
+        load: Callable[[], LoadSnapshot | None],
+        may_change: Callable[[], bool] = lambda: False,
     ) -> None:
-        """``send``: False when the other end does not read. ``load``: what the group last said of its load."""
+        """``send`` may end the session when the other end does not read, and raise CannotSend. ``load``: what the group last said of its
+        load. ``may_change``: whether it takes changes from this frontend."""
         super().__init__(group, epoch, capacity)
         self._send = send
-        self._load = load
+        self.load = load
+        self._may_change = may_change
         self._waiting: deque[Any] = deque()
         self._arrived = asyncio.Event()
 
@@ -42,8 +50,17 @@ class SessionChannel(Channel):
             payload = wire.encode(message)
         except wire.NotForNetwork as reason:
             raise CannotSend(str(reason)) from reason
-        if not self._send(payload):
-            raise ChannelFull(f"worker group {self.group} (epoch {self.epoch}) does not read its input")
+        self._send(payload)
+
+    def refusal(self, message: Any) -> str | None:
+        kind = type(message)
+        if not wire.reads(message) and not self._may_change():
+            return f"worker group {self.group} takes {kind.__name__} only from the first frontend of its --join"
+        try:
+            wire.encode(message)
+        except wire.NotForNetwork as reason:
+            return f"worker group {self.group} is on another host: {reason}"
+        return None
 
     def put(self, message: Any) -> bool:
         """False: nothing more is taken."""
@@ -65,9 +82,6 @@ class SessionChannel(Channel):
         arrived = list(self._waiting)
         self._waiting.clear()
         return arrived
-
-    def load(self) -> LoadSnapshot | None:
-        return self._load()
 
     def close(self) -> None:
         self.closed = True

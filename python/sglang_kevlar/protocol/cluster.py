@@ -12,7 +12,7 @@ from typing import Annotated, Literal, TypeVar
 import msgspec
 from msgspec import Meta
 
-from sglang_kevlar.protocol.group import GroupPhase
+from sglang_kevlar.protocol.group import GroupPhase, LossKind
 from sglang_kevlar.protocol.shadow import ShadowCounters
 
 CLUSTER_VERSION = 1
@@ -85,6 +85,10 @@ class GroupState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     init_info: dict[str, object] | None = None
     #: why the last epoch ended, or why this one does not start
     cause: Text = ""
+    #: how it was lost; None while it is not
+    kind: LossKind | None = None
+    #: this frontend may change the group and say who keeps its shadow; of all that it joined one may
+    primary: bool = False
     #: wrong with it, and not proven
     suspicions: Annotated[list[Text], Meta(max_length=MAX_RANKS)] = []
     pids: Annotated[dict[Short, Number], Meta(max_length=MAX_RANKS)] = {}
@@ -97,6 +101,25 @@ class GroupState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 class _Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type"):
     session: Name
+
+
+class Setup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """With what a group is to be started that wants to join."""
+
+    #: flags of upstream
+    argv: Annotated[list[Text], Meta(max_length=1024)]
+    #: ours, by the names of `protocol.launch.KevlarArgs`
+    kevlar: dict[Short, object]
+
+
+class Ask(_Message, frozen=True, kw_only=True, tag="ask"):
+    """Before it starts a group asks with what; nothing else comes over this connection."""
+
+    version: int = CLUSTER_VERSION
+
+
+class Told(_Message, frozen=True, kw_only=True, tag="told"):
+    setup: Setup
 
 
 class Join(_Message, frozen=True, kw_only=True, tag="join"):
@@ -168,8 +191,8 @@ class Over(_Message, frozen=True, kw_only=True, tag="over"):
     reason: Text
 
 
-FromGroup = Join | State | Outputs | Beat | Leave | Over
-ToGroup = Welcome | Refused | Requests | Kill | Beat | Leave | Over
+FromGroup = Ask | Join | State | Outputs | Beat | Leave | Over
+ToGroup = Told | Welcome | Refused | Requests | Kill | Beat | Leave | Over
 
 from_group = msgspec.msgpack.Decoder(FromGroup)
 to_group = msgspec.msgpack.Decoder(ToGroup)
