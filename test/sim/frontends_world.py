@@ -35,7 +35,7 @@ HARSH = ("partition", "pause")
 @dataclass
 class SimRun:
     rid: str
-    identity: tuple[bytes, bytes]
+    identity: tuple[str, str]
     lineage: Lineage
     wanted: int
     tokens: list[int] = field(default_factory=list)
@@ -198,7 +198,7 @@ class SimFrontend:
 class SimClient:
     def __init__(self, world: World, number: int) -> None:
         self.world = world
-        self.identity = (b"p", f"key{number}".encode())
+        self.identity = ("p", f"key{number}")
         self.wanted = world.faults.random.randint(3, 60)
         world.wanted[self.identity] = self.wanted
         self.tokens: list[int] = []
@@ -252,7 +252,7 @@ class World:
         self.rids = itertools.count()
         self.numbers = itertools.count()
         self.incarnations: Counter[str] = Counter()
-        self.wanted: dict[tuple[bytes, bytes], int] = {}
+        self.wanted: dict[tuple[str, str], int] = {}
         self.links: list[Link] = []
         self.cut: set[frozenset[str]] = set()
         #: steps in which the last partition or pause is still felt

@@ -16,7 +16,7 @@ from sglang_kevlar.control.records import KeptRecord, Source, heir
 from sglang_kevlar.protocol.records import Complete, Opened, Record
 
 #: (principal, key)
-Identity: TypeAlias = tuple[bytes, bytes]
+Identity: TypeAlias = tuple[str, str]
 
 
 @dataclass
@@ -157,7 +157,7 @@ class Directory:
         self,
         identity: Identity | None,
         rid: str | None,
-        principal: bytes,
+        principal: str,
         behind: EventId | None,
         now: float,
         alone: bool = False,
@@ -188,7 +188,7 @@ class Directory:
         return found
 
     def _with_a_lost_one(
-        self, identity: Identity | None, rid: str | None, principal: bytes, behind: EventId | None, alone: bool
+        self, identity: Identity | None, rid: str | None, principal: str, behind: EventId | None, alone: bool
     ) -> TakeUp | There | Refused | None:
         """Several may have had it, one after the other: the one that got furthest, of those that the client may come
         from."""
@@ -229,9 +229,13 @@ class Directory:
             if not source.records:
                 del self._lost[source.incarnation]
 
-    def expire(self, tag: str) -> None:
-        """What the lost incarnation ``tag`` had is asked for no more."""
-        self._lost.pop(tag, None)
+    def expire(self, source: Source) -> None:
+        """What was lost with it is asked for no more, unless it came back."""
+        if self._lost.get(source.incarnation) is source:
+            del self._lost[source.incarnation]
+
+    def peer(self, name: str) -> Source:
+        return self._peers[name]
 
     @property
     def peers(self) -> list[str]:
@@ -254,7 +258,7 @@ class Directory:
         return self._peer_with(None, rid, record.opened.principal, None)
 
     def _peer_with(
-        self, identity: Identity | None, rid: str | None, principal: bytes, behind: EventId | None
+        self, identity: Identity | None, rid: str | None, principal: str, behind: EventId | None
     ) -> str | None:
         for name, source in self._peers.items():
             record = _of(source, identity, rid)

@@ -36,7 +36,7 @@ class Source:
         self.name = name
         self.incarnation = incarnation
         self.records: dict[str, KeptRecord] = {}
-        self.by_key: dict[tuple[bytes, bytes], str] = {}
+        self.by_key: dict[tuple[str, str], str] = {}
         self.bytes = 0
         #: what it had when the session began has been said
         self.complete = False

@@ -13,8 +13,6 @@ import msgspec
 from msgspec import Meta
 
 Rid: TypeAlias = Annotated[str, Meta(max_length=256)]
-#: of an Idempotency-Key, and of the API key it came with
-Digest: TypeAlias = Annotated[bytes, Meta(max_length=64)]
 
 
 class HttpRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -29,10 +27,11 @@ class HttpRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 class Opened(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="opened"):
     rid: Rid
+    #: digest of the API key, and the Idempotency-Key
+    principal: Annotated[str, Meta(max_length=128)]
+    key: Annotated[str, Meta(max_length=255)]
     #: frontends that had it before, and the tokens up to which each of them counts (`control.lineage`)
     before: Annotated[list[tuple[str, int]], Meta(max_length=1024)] = []
-    key: Digest
-    principal: Digest
     request: HttpRequest
 
 
@@ -74,6 +73,11 @@ class Taken(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 Record: TypeAlias = Opened | Yielded | Ended | Dropped
+#: a payload between frontends is a list of these
+PeerMessage: TypeAlias = Record | Complete | Taken
+
+decoder: msgspec.msgpack.Decoder[list[PeerMessage]] = msgspec.msgpack.Decoder(list[PeerMessage])
+encode = msgspec.msgpack.Encoder().encode
 
 
 def size_of(record: Record) -> int:
