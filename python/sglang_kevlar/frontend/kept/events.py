@@ -16,7 +16,7 @@ MAX_EVENT = 64 << 20
 
 #: what may name a kept request: it appears in a header, in event ids and in a path
 RID = re.compile(r"[A-Za-z0-9._:~@+=-]{1,128}")
-_POSITION = re.compile(r"(\d{1,15})(?:\.(\d{1,15}))?")
+_POSITION = re.compile(r"([0-9]{1,15})(?:\.([0-9]{1,15}))?")
 
 
 class BadId(Exception):
