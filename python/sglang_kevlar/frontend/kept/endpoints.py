@@ -2,53 +2,81 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
 
 from sglang_kevlar.frontend.kept.events import BadId, parse_position
 from sglang_kevlar.frontend.kept.middleware import Refused, attachable, index_behind, principal_of
 from sglang_kevlar.frontend.kept.registry import KeptRuns
 from sglang_kevlar.frontend.kept.run import Reader, Run
-from sglang_kevlar.frontend.outcome import outcome_of
+from sglang_kevlar.frontend.outcome import Failure, outcome_of
 
 
 def install(app: FastAPI, runs: KeptRuns) -> None:
-    def found(request: Request, rid: str) -> Run:
-        run = runs.find_rid(principal_of(request.headers), rid)
-        if run is None:
-            raise Refused(404, f"no request {rid[:128]} is kept here")
-        return attachable(run)
-
     async def state(request: Request, rid: str) -> Response:
-        try:
-            run = found(request, rid)
-        except Refused as refused:
-            return _refusal(refused)
-        expires, last = runs.expires_in(run), run.kept.log.last
-        return JSONResponse(
-            {
-                "rid": rid,
-                "state": "ended" if run.kept.ended else "running",
-                "clients": run.kept.clients,
-                "tokens": run.offset(),
-                "last_event": None if last is None or not run.numbered else f"{rid}:{last.tokens}.{last.number}",
-                "expires_in_s": None if expires is None else round(expires, 1),
-            }
-        )
+        def describe(run: Run) -> Response:
+            expires, last = runs.expires_in(run), run.kept.log.last
+            return JSONResponse(
+                {
+                    "rid": rid,
+                    "state": "ended" if run.kept.ended else "running",
+                    "clients": run.kept.clients,
+                    "tokens": run.offset(),
+                    "last_event": None if last is None or not run.numbered else run.id_of(last),
+                    "expires_in_s": None if expires is None else round(expires, 1),
+                }
+            )
+
+        return _Answer(runs, request, rid, describe)
 
     async def stream(request: Request, rid: str) -> Response:
-        try:
-            run = found(request, rid)
-            index = _index(run, request)
-        except Refused as refused:
-            return _refusal(refused)
         if (outcome := outcome_of(request)) is not None:
             # Its first token was waited for when it was made: nothing is to be held back.
             outcome.first_token = True
-        return Reader(run, index)
+        return _Answer(runs, request, rid, lambda run: Reader(run, _index(run, request)))
 
     app.add_api_route("/kevlar/requests/{rid}", state, methods=["GET"])
     app.add_api_route("/kevlar/requests/{rid}/stream", stream, methods=["GET"])
+
+
+class _Answer(Response):
+    """Of the run with this id, here or at another frontend. ``respond`` raises Refused."""
+
+    def __init__(self, runs: KeptRuns, request: Request, rid: str, respond: Callable[[Run], Response]) -> None:
+        super().__init__()
+        self._runs = runs
+        self._principal = principal_of(request.headers)
+        self._last_id = request.headers.get("last-event-id")
+        self._rid = rid
+        self._respond = respond
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            run = await self._run(scope, receive, send)
+            response = None if run is None else self._respond(run)
+        except Refused as refused:
+            response = _refusal(refused)
+        if response is not None:
+            await response(scope, receive, send)
+
+    async def _run(self, scope: Scope, receive: Receive, send: Send) -> Run | None:
+        """None when another frontend has answered. Raises Refused."""
+        elsewhere, last_id = self._runs.elsewhere, self._last_id
+        run = self._runs.find_rid(self._principal, self._rid)
+        here = isinstance(run, Run) and (last_id is None or elsewhere is None or elsewhere.may_go_on(run, last_id))
+        if elsewhere is not None and not here:
+            answer = await elsewhere.answer(None, self._rid, self._principal, last_id, scope, b"", receive, send)
+            if answer is True:
+                return None
+            if isinstance(answer, Failure):
+                raise Refused(answer.status, answer.message, answer.retry_after)
+            run = answer or run
+        if run is None:
+            raise Refused(404, f"no request {self._rid[:128]} is kept here")
+        return attachable(run)
 
 
 def _index(run: Run, request: Request) -> int:

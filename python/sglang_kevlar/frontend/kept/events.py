@@ -2,12 +2,15 @@
 
 An id is ``RID:TOKENS.NUMBER``: the request, the output tokens of the output that its endpoint was at work on, and how
 many events it had sent since. Given the same outputs an endpoint sends the same events, so these ids do not depend on
-when they were sent, or by which process.
+when they were sent, or by which process. With several frontends it is ``RID:TOKENS.NUMBER~TAG``, the frontend to which
+the output came (`control.lineage`).
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
+from typing import Any
 
 from sglang_kevlar.control.event_log import Position
 
@@ -16,6 +19,7 @@ MAX_EVENT = 64 << 20
 
 #: what may name a kept request: it appears in a header, in event ids and in a path
 RID = re.compile(r"[A-Za-z0-9._:~@+=-]{1,128}")
+_TAG = re.compile(r"[0-9a-z]{1,16}")
 _POSITION = re.compile(r"([0-9]{1,15})(?:\.([0-9]{1,15}))?")
 
 
@@ -41,8 +45,30 @@ class Splitter:
         return rest
 
 
-def with_id(event: bytes, rid: str, position: Position) -> bytes:
-    return f"id: {rid}:{position.tokens}.{position.number}\n".encode() + event
+def event_id(rid: str, position: Position, tag: str | None = None) -> str:
+    return f"{rid}:{position.tokens}.{position.number}{'' if tag is None else f'~{tag}'}"
+
+
+def with_id(event: bytes, name: str) -> bytes:
+    return f"id: {name}\n".encode() + event
+
+
+def request_digest(path: str, query: bytes, body: bytes) -> bytes:
+    """Names a request: a key belongs to one."""
+    digest = digest_of(path, query)
+    digest.update(body)
+    return digest.digest()
+
+
+def digest_of(path: str, query: bytes) -> Any:
+    """To be fed the body."""
+    return hashlib.sha256(path.encode() + b"?" + query + b"\0")
+
+
+def tag_of(text: str) -> tuple[str, str | None]:
+    """An event's id without the tag at its end, and the tag."""
+    rest, _, tag = text.rpartition("~")
+    return (rest, tag) if rest and _TAG.fullmatch(tag) else (text, None)
 
 
 def parse_position(text: str) -> Position:
@@ -55,7 +81,7 @@ def parse_position(text: str) -> Position:
 
 def parse_id(text: str, rid: str) -> Position:
     """The position in the id of an event of ``rid``. Raises BadId."""
-    named, _, position = text.rpartition(":")
+    named, _, position = tag_of(text)[0].rpartition(":")
     if named != rid:
         raise BadId(f"{text[:200]!r} is no event of request {rid}")
     return parse_position(position)

@@ -21,7 +21,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sglang_kevlar.control.kept_requests import NO_ROOM, Gone, NoRoom, RidTaken
 from sglang_kevlar.frontend.framing import error_body, framing_of
-from sglang_kevlar.frontend.kept.events import RID, BadId, parse_id
+from sglang_kevlar.frontend.kept.elsewhere import Elsewhere
+from sglang_kevlar.frontend.kept.events import RID, BadId, digest_of, parse_id
 from sglang_kevlar.frontend.kept.registry import KeptRuns
 from sglang_kevlar.frontend.kept.run import RID_HEADER, Reader, Run
 from sglang_kevlar.frontend.outcome import Failure
@@ -42,7 +43,7 @@ class KeptMiddleware:
     """Pure ASGI. ``routes`` are those of the endpoints that generate."""
 
     def __init__(self, app: ASGIApp, runs: KeptRuns, routes: Sequence[BaseRoute]) -> None:
-        self.app = app
+        self.app = runs.endpoints = app
         self._runs = runs
         self._routes = routes
 
@@ -55,7 +56,7 @@ class KeptMiddleware:
             await self.app(scope, receive, send)
             return
         try:
-            reader = await self._reader(scope, receive)
+            reader = await self._reader(scope, receive, send)
         except Refused as refused:
             await _refusal(refused.failure, endpoint)(scope, receive, send)
             return
@@ -69,20 +70,30 @@ class KeptMiddleware:
                 return {**scope, **child}
         return None
 
-    async def _reader(self, scope: Scope, receive: Receive) -> Reader | None:
-        """Raises Refused. None when the client left before it had sent its request."""
+    async def _reader(self, scope: Scope, receive: Receive, send: Send) -> Reader | None:
+        """Raises Refused. None when the client left before it had sent its request, or another frontend answered."""
         headers = Headers(scope=scope)
         key, principal = headers["idempotency-key"], principal_of(headers)
         if not _KEY.fullmatch(key):
             raise Refused(400, "Idempotency-Key: 1 to 255 visible ASCII characters")
         # The body of a request that is here already is only compared: taking up again needs no room.
         is_new = self._runs.find(principal, key) is None
+        elsewhere = self._runs.elsewhere
         body = _Body(scope)
-        if not await self._read(receive, body, is_new):
+        if not await self._read(receive, body, is_new or elsewhere is not None):
             return None
         wanted, last_id = headers.get(RID_HEADER.decode()), headers.get("last-event-id")
         # From here to the run's beginning nothing is awaited: of two that come at once one finds the other's.
         found = self._runs.find(principal, key)
+        if elsewhere is not None and (found is None or not self._may_go_on(elsewhere, found, last_id)):
+            identity, whole = (principal, key), body.whole()
+            answer = await elsewhere.answer(identity, None, principal, last_id, scope, whole, receive, send)
+            if answer is True:
+                return None
+            if isinstance(answer, Failure):
+                raise Refused(answer.status, answer.message, answer.retry_after)
+            # Nobody has it. Meanwhile it may have been sent here again.
+            found = self._runs.find(principal, key) if answer is False else answer
         if found is None:
             if wanted is not None or last_id is not None:
                 raise Refused(404, "no request with this Idempotency-Key is kept here: it cannot be taken up again")
@@ -97,6 +108,10 @@ class KeptMiddleware:
         if wanted is not None and wanted != run.kept.rid:
             raise Refused(409, f"this Idempotency-Key belongs to request {run.kept.rid}, not {wanted[:128]}")
         return Reader(run, 0 if last_id is None else index_behind(run, last_id))
+
+    @staticmethod
+    def _may_go_on(elsewhere: Elsewhere, found: Run | Gone, last_id: str | None) -> bool:
+        return last_id is None or isinstance(found, Gone) or elsewhere.may_go_on(found, last_id)
 
     def _begin(self, principal: str, key: str, body: _Body) -> Run:
         rid = _rid(body.whole())
@@ -133,7 +148,7 @@ class _Body:
     """A request as it arrives: what it is, by its digest, and its bytes if they are to be kept."""
 
     def __init__(self, scope: Scope) -> None:
-        self._digest = hashlib.sha256(scope["path"].encode() + b"?" + scope.get("query_string", b"") + b"\0")
+        self._digest = digest_of(scope["path"], scope.get("query_string", b""))
         self._pieces: list[bytes] = []
         self.size = 0
 

@@ -2,54 +2,75 @@
 
 An endpoint's events follow from the request and the outputs of the tokenizer manager, which come one after the other
 through `Progress.watch`: whoever has both can let the endpoint run again and gets the same events, with the same ids.
+So what is recorded of a run are the messages of which its outputs are made, output by output.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any, Protocol
 
+from sglang_kevlar.control.lineage import Lineage
+from sglang_kevlar.protocol.records import HttpRequest
 
-@dataclass(slots=True, frozen=True)
-class RunRequest:
-    """The HTTP request of a run, as its endpoint gets it."""
-
-    rid: str
-    principal: str
-    key: str
-    method: str
-    path: str
-    query: bytes
-    headers: list[tuple[bytes, bytes]]
-    body: bytes
+#: status, message, kind, seconds after which to try again
+FailureValues = tuple[int, str, str, int | None]
 
 
 class RunRecord(Protocol):
-    """Sees one run, in order. What it raises ends the run."""
+    """Sees one run, in order."""
 
-    async def output(self, output: Any) -> None:
-        """One output of the tokenizer manager (a list for batches), before the endpoint has it and may change it."""
+    async def output(self, messages: list[bytes], offset: int) -> None:
+        """What one output is made of, and the tokens with it. The endpoint has it when this returns."""
 
-    async def end(self) -> None:
-        """The endpoint is through, for whatever reason. Called once."""
+    def end(self, failure: FailureValues | None) -> None:
+        """The endpoint is through. ``failure``: what it was told went wrong."""
+
+    def drop(self, why: str) -> None:
+        """It cannot be taken up any more. Called once, last."""
 
 
 class Recorder(Protocol):
-    async def begin(self, request: RunRequest) -> RunRecord:
-        """Before the endpoint runs."""
+    def begin(self, rid: str, identity: tuple[str, str], lineage: Lineage | None, request: HttpRequest) -> RunRecord:
+        """Before the endpoint runs. ``lineage``: of a run that another frontend began."""
+
+
+class Recorded:
+    """What another frontend recorded of a run, to be gone through before anything new is made."""
+
+    def __init__(self, outputs: Sequence[Sequence[bytes]], ended: bool, failure: FailureValues | None) -> None:
+        self.outputs = outputs
+        #: nothing came behind them, but perhaps a failure
+        self.ended = ended
+        self.failure = failure
+        self._wanted = asyncio.Semaphore(0)
+
+    def want(self) -> None:
+        """The endpoint has taken the output before."""
+        self._wanted.release()
+
+    async def wanted(self) -> None:
+        await self._wanted.acquire()
 
 
 class Progress:
     """Of one HTTP request."""
 
-    __slots__ = ("_record", "_rid", "offset")
+    __slots__ = ("_record", "_rid", "messages", "offset", "recorded")
 
-    def __init__(self, rid: str, record: RunRecord | None = None) -> None:
+    def __init__(self, rid: str, record: RunRecord | None = None, recorded: Recorded | None = None) -> None:
         self._rid: str | None = rid
         self._record = record
+        self.recorded = recorded
         #: output tokens, over all choices, of the outputs that the endpoint has been given
         self.offset = 0
+        #: since the last output
+        self.messages: list[bytes] = []
+
+    @property
+    def is_recorded(self) -> bool:
+        return self._record is not None
 
     def name(self, obj: Any) -> None:
         """Lets the engine's request have the id of the HTTP request: the first one, if the client named it not."""
@@ -60,13 +81,20 @@ class Progress:
         before = self.offset
         tokens: dict[int, int] = {}
         try:
-            async for output in outputs:
+            while True:
+                if self.recorded is not None:
+                    self.recorded.want()
+                try:
+                    output = await anext(outputs)
+                except StopAsyncIteration:
+                    return
                 for index, one in enumerate(output) if isinstance(output, list) else [(output.get("index", 0), output)]:
                     count = one["meta_info"].get("completion_tokens", 0)
                     tokens[index] = max(tokens.get(index, 0), count)
                 self.offset = before + sum(tokens.values())
-                if self._record is not None:
-                    await self._record.output(output)
+                if self._record is not None and self.messages:
+                    messages, self.messages = self.messages, []
+                    await self._record.output(messages, self.offset)
                 yield output
         finally:
             await outputs.aclose()

@@ -11,9 +11,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sglang_kevlar.control.event_log import Discarded, Position
 from sglang_kevlar.control.kept_requests import Kept, KeptRequests
-from sglang_kevlar.frontend.kept.events import Splitter, with_id
-from sglang_kevlar.frontend.kept.progress import Progress, Recorder, RunRecord, RunRequest
+from sglang_kevlar.control.lineage import Lineage
+from sglang_kevlar.frontend.kept.events import Splitter, event_id, with_id
+from sglang_kevlar.frontend.kept.progress import Progress, Recorded, Recorder, RunRecord
 from sglang_kevlar.frontend.outcome import OFFSET_KEY, SCOPE_KEY, RequestOutcome
+from sglang_kevlar.protocol.records import HttpRequest
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +33,11 @@ class BrokenOff(Exception):
 class Run:
     """``changed`` wakes whoever waits for the next event."""
 
-    def __init__(self, kept: Kept, requests: KeptRequests) -> None:
+    def __init__(self, kept: Kept, requests: KeptRequests, lineage: Lineage | None = None) -> None:
         self.kept = kept
+        #: through whose hands it went, where there are other frontends: its events are named by it
+        self.lineage = lineage
+        self.record: RunRecord | None = None
         self._requests = requests
         #: status and headers, once they are there
         self.start: Message | None = None
@@ -50,15 +55,25 @@ class Run:
 
     # ---- the endpoint's side
 
-    async def serve(self, app: ASGIApp, scope: Scope, body: bytes, recorder: Recorder | None) -> None:
-        """Lets the endpoint answer, to the end of all it does. Does not raise; ``failure`` says what went wrong."""
+    def begin(self, scope: Scope, body: bytes, recorder: Recorder | None, recorded: Recorded | None = None) -> None:
+        """Before `serve`. ``recorded``: of a run that another frontend began."""
         self._body = body
-        record: RunRecord | None = None
+        if recorder is not None:
+            request = HttpRequest(
+                method=scope["method"],
+                path=scope["path"],
+                query=scope.get("query_string", b""),
+                headers=list(scope["headers"]),
+                body=body,
+            )
+            identity = (self.kept.principal, self.kept.key)
+            self.record = recorder.begin(self.kept.rid, identity, self.lineage, request)
+        self._progress = Progress(self.kept.rid, self.record, recorded)
+
+    async def serve(self, app: ASGIApp, scope: Scope) -> None:
+        """Lets the endpoint answer, to the end of all it does. Does not raise; ``failure`` says what went wrong."""
+        outcome = scope[SCOPE_KEY] = RequestOutcome(kept=self._progress)
         try:
-            if recorder is not None:
-                record = await recorder.begin(self._request(scope, body))
-            self._progress = Progress(self.kept.rid, record)
-            scope[SCOPE_KEY] = RequestOutcome(kept=self._progress)
             # Towards the endpoint we are the server: one that tells of a client's leaving by `receive`, and only there.
             scope["asgi"] = {**scope.get("asgi", {}), "spec_version": "2.3"}
             await app(scope, self._receive, self._send)
@@ -69,11 +84,11 @@ class Run:
         except asyncio.CancelledError:
             self._failed(BrokenOff("the endpoint was cancelled"))
         finally:
-            if record is not None:
-                try:
-                    await record.end()
-                except Exception:
-                    logger.exception("the record of kept request %s did not take its end", self.kept.rid)
+            if self.record is not None and not self._abandoned.is_set():
+                failure = outcome.failure
+                self.record.end(
+                    None if failure is None else (failure.status, failure.message, failure.kind, failure.retry_after)
+                )
 
     @property
     def through(self) -> bool:
@@ -84,18 +99,6 @@ class Run:
         """Nobody will read it: the endpoint is told that its client has gone."""
         self._abandoned.set()
         self.wake()
-
-    def _request(self, scope: Scope, body: bytes) -> RunRequest:
-        return RunRequest(
-            rid=self.kept.rid,
-            principal=self.kept.principal,
-            key=self.kept.key,
-            method=scope["method"],
-            path=scope["path"],
-            query=scope.get("query_string", b""),
-            headers=list(scope["headers"]),
-            body=body,
-        )
 
     def _failed(self, error: Exception) -> None:
         if self.kept.ended:
@@ -134,6 +137,10 @@ class Run:
                 self._end()
         self.wake()
 
+    def id_of(self, position: Position) -> str:
+        """Of the event there."""
+        return event_id(self.kept.rid, position, None if self.lineage is None else self.lineage.tag_at(position.tokens))
+
     def offset(self) -> int:
         """Output tokens so far."""
         return self._progress.offset if self._progress is not None else 0
@@ -157,7 +164,7 @@ class Run:
             last = kept.log.last
             position = Position(tokens, last.number + 1 if last is not None and last.tokens == tokens else 0)
             if self.numbered:
-                event = with_id(event, kept.rid, position)
+                event = with_id(event, self.id_of(position))
             self._requests.append(kept, event, position)
 
     async def _caught_up(self) -> bool:

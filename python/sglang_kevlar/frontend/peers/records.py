@@ -1,4 +1,5 @@
-"""Records of kept requests here and at the peers: what is published is safe when they have it; what they leave is taken up.
+"""Records of kept requests here and at the peers: what is published is safe when they have it, what they leave is taken
+up.
 
 The decisions are those of `control.directory` and `control.replication`.
 """
@@ -27,10 +28,12 @@ PATIENCE = 10.0
 
 
 class PeerRecords:
-    """``links`` is set before anything else. ``take_up``: begins the runs of a lost frontend. ``abandon``: ends the run of
-    that id, for a peer has it."""
+    """``links``, ``take_up`` (begins runs of a lost frontend) and ``abandon`` (ends the run of this principal and id, for
+    a peer has it) are set before anything else."""
 
     links: PeerLinks
+    take_up: Callable[[list[TakeUp]], None]
+    abandon: Callable[[str, str, str], None]
 
     def __init__(
         self,
@@ -39,15 +42,11 @@ class PeerRecords:
         expected: Iterable[str],
         memory: int,
         retention: float,
-        take_up: Callable[[list[TakeUp]], None],
-        abandon: Callable[[str, str], None],
     ) -> None:
         self.directory = Directory(name, tag, expected, time.monotonic(), PATIENCE)
         self._replication = Replication()
         self._memory = memory
         self._retention = retention
-        self._take_up = take_up
-        self._abandon = abandon
         #: where the others serve HTTP, by name
         self.urls: dict[str, str] = {}
         self._outboxes: dict[str, list[PeerMessage]] = {}
@@ -105,7 +104,7 @@ class PeerRecords:
         for message in self._replication.joined(name):
             self._put(name, message)
         self._wake()
-        self._take_up(taken)
+        self.take_up(taken)
 
     def left(self, name: str) -> None:
         source = self.directory.peer(name)
@@ -116,7 +115,7 @@ class PeerRecords:
         asyncio.get_running_loop().call_later(self._retention, self._expire, source)
         if taken:
             logger.warning("frontend %s is lost: going on with %d requests of its clients", name, len(taken))
-        self._take_up(taken)
+        self.take_up(taken)
 
     def arrived(self, name: str, messages: list[PeerMessage]) -> None:
         for message in messages:
@@ -130,7 +129,7 @@ class PeerRecords:
                 return
             self._taken[name] += 1
             if abandoned is not None:
-                self._abandon(abandoned.rid, f"frontend {name} has it, too")
+                self.abandon(abandoned.identity[0], abandoned.rid, f"frontend {name} has it, too")
         if any(not isinstance(message, Taken) for message in messages):
             self.directory.peer(name).make_room(self._memory)
             self._put(name, Taken(count=self._taken[name]))
@@ -144,8 +143,8 @@ class PeerRecords:
     def _send(self) -> None:
         self._flush = None
         for name in list(self._outboxes):
-            messages, self._outboxes[name] = self._outboxes[name], []
-            if messages:
+            if messages := self._outboxes.get(name):
+                self._outboxes[name] = []
                 self.links.send(name, messages)
 
     def _expire(self, source: Source) -> None:
