@@ -50,17 +50,22 @@ class GroupSessions:
         self._ranks = plan.tp_size * plan.pp_size
         self._on_event = on_event
         self._channels: dict[int, SessionChannel] = {}
-        self._listener = listener_of(plan, self._on_session)
+        self._plan = plan
+        #: from `start` on
+        self._listener: Listener | None = None
         self._timer: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
+        # Not before: until then `startup` listens there.
+        self._listener = listener_of(self._plan, self._on_session)
         self._listener.start()
         self._forget_missing()
 
     def close(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._listener.close("the frontend ends", RETRY)
+        if self._listener is not None:
+            self._listener.close("the frontend ends", RETRY)
 
     # ---- what the frontend wants ---------------------------------------------------------------------------------
 
@@ -71,11 +76,11 @@ class GroupSessions:
         if current is None:
             return SessionChannel(group, epoch, capacity, lambda _: None, lambda: None)
         assert current.session is not None and current.state is not None
-        session, theirs = current.session, current.state.epoch
+        session, theirs, listener = current.session, current.state.epoch, self._current()
 
         def send(payload: bytes) -> None:
             try:
-                self._listener.requests(session, theirs, payload)
+                listener.requests(session, theirs, payload)
             except ValueError as too_large:
                 raise CannotSend(str(too_large)) from too_large
 
@@ -155,20 +160,24 @@ class GroupSessions:
         try:
             message = wire.decode_answer(event.payload)
         except wire.NotForNetwork as problem:
-            self._listener.end(event.session, f"an output that is none: {problem}")
+            self._current().end(event.session, f"an output that is none: {problem}")
             return
         if not channel.put(message):
-            self._listener.end(event.session, "this frontend does not keep up with its outputs")
+            self._current().end(event.session, "this frontend does not keep up with its outputs")
 
     def _act(self, events: list[Event]) -> None:
         for event in events:
             if isinstance(event, GroupKill):
                 g = self.table.groups.get(event.group)
                 if g is not None and g.session is not None and g.state is not None and g.epoch == event.epoch:
-                    self._listener.kill(g.session, g.state.epoch, event.cause, planned=event.planned)
+                    self._current().kill(g.session, g.state.epoch, event.cause, planned=event.planned)
             elif isinstance(event, GroupLost):
                 self._channels.pop(event.group, None)
             self._on_event(event)
+
+    def _current(self) -> Listener:
+        assert self._listener is not None, "sessions come from it"
+        return self._listener
 
     def _forget_missing(self) -> None:
         self.table.forget_missing(time.monotonic())
