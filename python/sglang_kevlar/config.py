@@ -187,7 +187,9 @@ _FLAGS: dict[str, _Flag] = {
         f"environment variable {KEY_ENVIRONMENT}.",
         _not_empty,
     ),
-    "host_label": _Flag("Label of this host, from which shadows are kept apart. Default: its name.", usable_name, "NAME"),
+    "host_label": _Flag(
+        "Label of this host, from which shadows are kept apart. Default: its name.", usable_name, "NAME"
+    ),
     "advertise": _Flag(
         "Address of this host at which ranks of other hosts reach its ranks. Default: the one that the way to the other "
         "end of --join or --listen begins with.",

@@ -133,9 +133,7 @@ def test_requests_of_a_joined_group_go_on_exactly(world, undisturbed, process, s
     other = world.up()
     known = other.group(world.server)
     pid = other.pid(world.server, process)
-    records = run_all(
-        world, undisturbed, lambda: known["id"], lambda: os.kill(pid, sig), seed=len(process) + sig
-    )
+    records = run_all(world, undisturbed, lambda: known["id"], lambda: os.kill(pid, sig), seed=len(process) + sig)
     if sig == signal.SIGSTOP:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGCONT)
