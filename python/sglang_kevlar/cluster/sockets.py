@@ -41,6 +41,9 @@ MAX_FORGOTTEN = 4_096
 #: events of connections that may wait for us; ZMQ's thread waits when there are more, and so do new connections
 MONITOR_HWM = 20_000
 
+#: milliseconds; with no reconnecting at all, ZMQ drops what came just before the end of a connection
+NEVER = 1 << 29
+
 _CLOSED = (
     zmq.EVENT_DISCONNECTED
     | zmq.EVENT_CLOSED
@@ -350,7 +353,7 @@ class Dealer:
             (zmq.SNDHWM, SEND_HWM),
             (zmq.RCVHWM, RECEIVE_HWM),
             (zmq.LINGER, 500),
-            (zmq.RECONNECT_IVL, -1),
+            (zmq.RECONNECT_IVL, NEVER),
             (zmq.IPV6, int(":" in host)),
         ):
             self._socket.setsockopt(option, value)
