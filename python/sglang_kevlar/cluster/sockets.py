@@ -33,7 +33,7 @@ FAREWELL_TIME = 1.0
 #: seconds that frames of a connection that ended are still read for before its end is told
 LATE_FRAMES_TIME = 0.2
 #: messages that ZMQ keeps for, or from, one peer
-SEND_HWM, RECEIVE_HWM = 10_000, 1_000
+SEND_HWM, RECEIVE_HWM = 10_000, 200
 #: what is read in one go
 FRAMES_AT_ONCE, BYTES_AT_ONCE = 200, 16 << 20
 #: senders whose late frames are dropped
@@ -240,6 +240,11 @@ class Router:
         """Its connection may stay."""
         if (connection := self._senders.get(sender)) is not None:
             connection.joined = True
+
+    def is_left(self, sender: bytes) -> bool:
+        """Whether what has arrived of it is not to be looked at any more."""
+        connection = self._senders.get(sender)
+        return connection is not None and connection.leaving is not None
 
     def hang_up(self, sender: bytes, now: float) -> None:
         """Read no more of it, and close its connection if it does not do so itself."""
