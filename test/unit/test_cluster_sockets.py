@@ -204,6 +204,29 @@ def test_another_host_needs_a_key() -> None:
         turn(dialler, until=lambda: False)
 
 
+def test_a_name_is_listened_on_by_its_address() -> None:
+    router = Router("localhost:0", None)
+    assert router.address.startswith("127.0.0.1:")
+    router.close()
+    with pytest.raises(ValueError, match=r"cannot listen on 'no\.such\.host\.invalid'"):
+        Router("no.such.host.invalid:0", None)
+    with dialling("no.such.host.invalid:5", made_key()) as (dialler, heard):
+        turn(dialler, until=lambda: heard.of(NotJoined))
+        assert heard.of(NotJoined)[0].reason == "cannot connect"
+
+
+def test_tries_leave_nothing_open() -> None:
+    with dialling("127.0.0.1:1", None) as (dialler, heard):
+        turn(dialler, until=lambda: heard.of(NotJoined))
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(50):
+            dialler.end._retry_at = 0.0
+            count = len(heard.of(NotJoined))
+            turn(dialler, until=lambda n=count: len(heard.of(NotJoined)) > n)
+        # ZMQ closes in its own time.
+        turn(dialler, until=lambda: len(os.listdir("/proc/self/fd")) <= before + 10)
+
+
 @pytest.mark.parametrize("address", ["", "host", ":5", "host:", "host:x", "host:70000", "host:-1"])
 def test_addresses_that_are_none(address: str) -> None:
     with pytest.raises(ValueError, match="is not HOST:PORT"):
