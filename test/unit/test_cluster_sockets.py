@@ -44,6 +44,22 @@ with dialling(address, key, name) as (dialler, heard):
 """
 
 
+FRONTEND = """
+import sys
+from cluster_world import listening
+from sglang_kevlar.control.session import Joined, OutputsArrived
+with listening(None, lease=1.0) as (listener, heard):
+    print(listener.address, flush=True)
+    while True:
+        heard.events.clear()
+        listener.poll(0.02)
+        for joined in heard.of(Joined):
+            listener.requests(joined.session, 1, joined.session.encode())
+        for output in heard.of(OutputsArrived):
+            print(output.session, output.payload.decode(), flush=True)
+"""
+
+
 @pytest.fixture
 def peers() -> Iterator[list[subprocess.Popen[bytes]]]:
     running: list[subprocess.Popen[bytes]] = []
@@ -51,6 +67,31 @@ def peers() -> Iterator[list[subprocess.Popen[bytes]]]:
     for peer in running:
         peer.kill()
         peer.wait()
+
+
+def test_a_stopped_frontend_believes_in_a_session_until_it_reads_that_it_ended(
+    peers: list[subprocess.Popen[bytes]],
+) -> None:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    peer = subprocess.Popen([sys.executable, "-c", FRONTEND], env=environment, stdout=subprocess.PIPE)
+    peers.append(peer)
+    assert peer.stdout is not None
+    with peer.stdout, dialling(peer.stdout.readline().decode().strip(), None) as (dialler, heard):
+        turn(dialler, until=lambda: heard.of(RequestsArrived))
+        first = heard.of(Admitted)[0].session
+        os.kill(peer.pid, signal.SIGSTOP)
+        dialler.outputs(1, b"before the end")
+        turn(dialler, until=lambda: heard.of(Ended))
+        assert heard.of(Ended)[0].kind == "silent"
+        dialler.outputs(1, b"between")
+        os.kill(peer.pid, signal.SIGCONT)
+        turn(dialler, until=lambda: len(heard.of(Admitted)) == 2)
+        second = heard.of(Admitted)[1].session
+        turn(dialler, until=lambda: len(heard.of(RequestsArrived)) == 2)
+        assert [event.payload.decode() for event in heard.of(RequestsArrived)] == [first, second]
+        dialler.outputs(1, b"after")
+        assert peer.stdout.readline().decode() == f"{first} before the end\n"
+        assert peer.stdout.readline().decode() == f"{second} after\n"
 
 
 def start(peers: list[subprocess.Popen[bytes]], listener: Listener, name: str, key: ClusterKey | None = None) -> int:

@@ -22,6 +22,7 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from sglang_kevlar.cluster.keys import ClusterKey, KeyProblem, admit_only, is_loopback, secure_client, secure_server
+from sglang_kevlar.control.session import MAX_UNSEEN
 from sglang_kevlar.protocol.cluster import MAX_FRAME_BYTES
 
 #: connections of a frontend, in whatever state; above that the oldest without a session goes
@@ -32,8 +33,8 @@ UNJOINED_TIME = 10.0
 FAREWELL_TIME = 1.0
 #: seconds that frames of a connection that ended are still read for before its end is told
 LATE_FRAMES_TIME = 0.2
-#: messages that ZMQ keeps for, or from, one peer
-SEND_HWM, RECEIVE_HWM = 10_000, 200
+#: messages that ZMQ keeps for one peer, after the session has said that it does not read, and of one
+SEND_HWM, RECEIVE_HWM = MAX_UNSEEN + 10_000, 200
 #: what is read in one go
 FRAMES_AT_ONCE, BYTES_AT_ONCE = 200, 16 << 20
 #: senders whose late frames are dropped
