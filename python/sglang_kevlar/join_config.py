@@ -32,8 +32,6 @@ _TAKEN = (
     "shadow_audit",
     "allow_chaos",
 )
-#: frontends of one group
-MAX_FRONTENDS = 16
 
 
 class JoinFlags(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,7 +52,9 @@ def split_args(argv: Sequence[str]) -> tuple[JoinFlags, list[str]]:
     """Our flags, validated, and the rest, which is SGLang's, in its order. Exits 0 with help, 2 with what is wrong."""
     options = config.options((*_OWN, *_TAKEN)) | {"--join": True, "--name": True, "--standby": False}
     ours, theirs = config.separate(argv, options)
-    parser = argparse.ArgumentParser(prog=PROG, add_help=False, allow_abbrev=False, usage=f"{PROG} --join HOST:PORT [flags]")
+    parser = argparse.ArgumentParser(
+        prog=PROG, add_help=False, allow_abbrev=False, usage=f"{PROG} --join HOST:PORT [flags]"
+    )
     group = parser.add_argument_group(
         config.GROUP_TITLE,
         "One worker group of a server on another host. Everything else is as there, flags of SGLang included, unless "
@@ -66,7 +66,9 @@ def split_args(argv: Sequence[str]) -> tuple[JoinFlags, list[str]]:
         metavar="HOST:PORT[,HOST:PORT]",
         help="Where frontends listen. The first one that is connected may change the group (weights, adapters, caches).",
     )
-    group.add_argument("--name", help="Of the group, one in the cluster. Default: the label of this host and a random end.")
+    group.add_argument(
+        "--name", help="Of the group, one in the cluster. Default: the label of this host and a random end."
+    )
     group.add_argument("--standby", action="store_true", help="It serves only in place of a group that does not.")
     config.add_settings(group, (*_OWN, *_TAKEN), defaults=False)
     if any(token in ("-h", "--help") for token in theirs):
@@ -82,8 +84,8 @@ def split_args(argv: Sequence[str]) -> tuple[JoinFlags, list[str]]:
 
 
 def _problem(frontends: list[str], name: str | None, given: dict[str, Any]) -> str | None:
-    if len(set(frontends)) != len(frontends) or len(frontends) > MAX_FRONTENDS:
-        return f"argument --join: must be at most {MAX_FRONTENDS} frontends, each once"
+    if len(set(frontends)) != len(frontends) or len(frontends) > config.MAX_FRONTENDS:
+        return f"argument --join: must be at most {config.MAX_FRONTENDS} frontends, each once"
     for at in frontends:
         if message := config.usable_address(at):
             return f"argument --join: {message}"

@@ -43,9 +43,7 @@ _MAY_DIFFER = frozenset(
     """.split()
 )
 #: have a field of their own, from what the model is and not only from what was said
-_OWN_FIELD = frozenset(
-    "tp_size pp_size dtype quantization kv_cache_dtype page_size context_length lora_paths".split()
-)
+_OWN_FIELD = frozenset("tp_size pp_size dtype quantization kv_cache_dtype page_size context_length lora_paths".split())
 
 
 def of(server_args: ServerArgs) -> Configuration:

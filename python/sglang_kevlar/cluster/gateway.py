@@ -74,7 +74,9 @@ def main() -> None:
 
     from sglang_kevlar.platform import torchvision_shim
     from sglang_kevlar.upstream import contract, saved_args
+    from sglang_kevlar.worker.bootstrap import name_semaphores
 
+    name_semaphores(f"kevlar-{plan.launch_id}-gateway")
     torchvision_shim.install()
     server_args = saved_args.load(plan.server_args_file)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from sglang_kevlar.cluster.driver import Driver, RareLog
 from sglang_kevlar.cluster.keys import ClusterKey
-from sglang_kevlar.cluster.sockets import Closed, Frame, Misshapen, Router
+from sglang_kevlar.cluster.sockets import Closed, Connected, Frame, Router
 from sglang_kevlar.control.frontend_end import Sessions
 from sglang_kevlar.control.session import TICK, Dial, Effect, Event, HangUp, Joined, Send
 from sglang_kevlar.protocol.cluster import BadFrame, Refused, decode, encode, from_group, version_of
@@ -78,12 +78,14 @@ class Listener:
         now = time.monotonic()
         arrivals, more = self._router.read(now)
         for arrival in arrivals:
-            if isinstance(arrival, Frame):
-                self._on_frame(arrival, now)
-            elif isinstance(arrival, Misshapen):
-                self._on_bad(arrival.sender, arrival.problem, _NO_SESSION, None, now)
-            elif isinstance(arrival, Closed):
+            if isinstance(arrival, Closed):
                 self._act(self.sessions.on_closed(arrival.sender, arrival.reason, now))
+            elif isinstance(arrival, Connected) or self._router.is_left(arrival.sender):
+                continue
+            elif isinstance(arrival, Frame):
+                self._on_frame(arrival, now)
+            else:
+                self._on_bad(arrival.sender, arrival.problem, _NO_SESSION, None, now)
         # After what had come, and also when there is more: beats are due.
         if now >= self._tick_at:
             self._tick_at = now + TICK

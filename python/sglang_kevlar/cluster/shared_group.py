@@ -223,7 +223,12 @@ class SharedGroup:
             self._outgoing(number, epoch, payload)
 
     def _refuse(self, number: int, epoch: int, rid: str, why: str) -> None:
-        reason = {"type": "abort", "status_code": 500, "message": f"request {rid}: {why}", "err_type": "not_continuable"}
+        reason = {
+            "type": "abort",
+            "status_code": 500,
+            "message": f"request {rid}: {why}",
+            "err_type": "not_continuable",
+        }
         self._send(number, epoch, AbortReq(rid=rid, finished_reason=reason))
 
     def _send(self, number: int, epoch: int, message: Any) -> None:

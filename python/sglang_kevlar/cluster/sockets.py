@@ -22,6 +22,7 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from sglang_kevlar.cluster.keys import ClusterKey, KeyProblem, admit_only, is_loopback, secure_client, secure_server
+from sglang_kevlar.control.session import MAX_UNSEEN
 from sglang_kevlar.protocol.cluster import MAX_FRAME_BYTES
 
 #: connections of a frontend, in whatever state; above that the oldest without a session goes
@@ -32,8 +33,8 @@ UNJOINED_TIME = 10.0
 FAREWELL_TIME = 1.0
 #: seconds that frames of a connection that ended are still read for before its end is told
 LATE_FRAMES_TIME = 0.2
-#: messages that ZMQ keeps for, or from, one peer
-SEND_HWM, RECEIVE_HWM = 10_000, 1_000
+#: messages that ZMQ keeps for one peer, after the session has said that it does not read, and of one
+SEND_HWM, RECEIVE_HWM = MAX_UNSEEN + 10_000, 200
 #: what is read in one go
 FRAMES_AT_ONCE, BYTES_AT_ONCE = 200, 16 << 20
 #: senders whose late frames are dropped
@@ -41,9 +42,13 @@ MAX_FORGOTTEN = 4_096
 #: events of connections that may wait for us; ZMQ's thread waits when there are more, and so do new connections
 MONITOR_HWM = 20_000
 
+#: milliseconds; with no reconnecting at all, ZMQ drops what came just before the end of a connection
+NEVER = 1 << 29
+
 _CLOSED = (
     zmq.EVENT_DISCONNECTED
     | zmq.EVENT_CLOSED
+    | zmq.EVENT_CONNECT_RETRIED  # alone, when a name has no address
     | zmq.EVENT_HANDSHAKE_FAILED_AUTH
     | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
     | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
@@ -80,7 +85,7 @@ Arrival = Frame | Misshapen | Connected | Closed
 
 
 def split_address(address: str) -> tuple[str, int]:
-    """``HOST:PORT`` or ``[V6]:PORT``. Raises ValueError."""
+    """``HOST:PORT`` or ``[V6]:PORT``. A name stands for its IPv4 address. Raises ValueError."""
     host, _, port = address.rpartition(":")
     if not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
         raise ValueError(f"{address!r} is not HOST:PORT")
@@ -95,6 +100,16 @@ def _is_given(sender: bytes) -> bool:
 def _is_before(sender: bytes, other: bytes) -> bool:
     """Of names that a ROUTER gave: it counts, in 32 bits."""
     return (int.from_bytes(sender[1:], "big") - int.from_bytes(other[1:], "big")) % 2**32 >= 2**31
+
+
+def _interface(host: str) -> str:
+    """ZMQ listens on an address, and looks no name up for that. Raises ValueError."""
+    if host == "*" or ":" in host:
+        return host
+    try:
+        return str(tcp.getaddrinfo(host, None, tcp.AF_INET, tcp.SOCK_STREAM)[0][4][0])
+    except OSError as error:
+        raise ValueError(f"cannot listen on {host!r}: {error}") from None
 
 
 class _Monitor:
@@ -156,9 +171,10 @@ class Router:
 
     def __init__(self, address: str, key: ClusterKey | None) -> None:
         """``address``: HOST:PORT; port 0 takes a free one. Raises KeyProblem, ValueError, or zmq.ZMQError."""
-        host, port = split_address(address)
+        name, port = split_address(address)
+        host = _interface(name)
         if key is None and not is_loopback(host):
-            raise KeyProblem(f"without a cluster key only a loopback address can be listened on, not {host}")
+            raise KeyProblem(f"without a cluster key only a loopback address can be listened on, not {name}")
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._admission = admit_only(self._context, key)
         self._socket = self._context.socket(zmq.ROUTER)
@@ -238,6 +254,11 @@ class Router:
         if (connection := self._senders.get(sender)) is not None:
             connection.joined = True
 
+    def is_left(self, sender: bytes) -> bool:
+        """Whether what has arrived of it is not to be looked at any more."""
+        connection = self._senders.get(sender)
+        return connection is not None and connection.leaving is not None
+
     def hang_up(self, sender: bytes, now: float) -> None:
         """Read no more of it, and close its connection if it does not do so itself."""
         connection = self._senders.get(sender)
@@ -251,7 +272,7 @@ class Router:
         for connection in list(self._connections.values()):
             limit = connection.accepted + UNJOINED_TIME if connection.leaving is None else connection.leaving
             if not connection.joined and now > limit:
-                self._cut(connection)
+                self._cut(connection, now)
 
     def close(self) -> None:
         self._monitor.close()
@@ -267,17 +288,20 @@ class Router:
             if what == zmq.EVENT_ACCEPTED:
                 self._connections[fd] = _Connection(fd, now)
                 if len(self._connections) > MAX_CONNECTIONS:
-                    self._make_room()
-            else:
-                connection = self._connections.pop(fd, None)
-                if connection is not None and connection.sender is not None:
-                    self._ended.append((now, connection.sender))
+                    self._make_room(now)
+            elif (connection := self._connections.get(fd)) is not None:
+                self._lose(connection, now)
 
-    def _make_room(self) -> None:
-        for connection in self._connections.values():
-            if not connection.joined:
-                self._cut(connection)
-                return
+    def _lose(self, connection: _Connection, now: float) -> None:
+        del self._connections[connection.fd]
+        if connection.sender is not None:
+            self._ended.append((now, connection.sender))
+
+    def _make_room(self, now: float) -> None:
+        """The oldest goes: who has the key needs milliseconds to join."""
+        oldest = next((each for each in self._connections.values() if not each.joined), None)
+        if oldest is not None:
+            self._cut(oldest, now)
 
     def _heard(self, sender: bytes, frame: zmq.Frame, arrivals: list[Arrival], now: float) -> bool:
         """Whether a frame of this sender is to be read. Makes a new sender known."""
@@ -316,11 +340,13 @@ class Router:
         if len(self._forgotten) > MAX_FORGOTTEN:
             del self._forgotten[next(iter(self._forgotten))]
 
-    def _cut(self, connection: _Connection) -> None:
+    def _cut(self, connection: _Connection, now: float) -> None:
         """Close a connection from under ZMQ, which has no call for it, and sees it end as if the peer had closed it.
 
-        The descriptor may be another file by now: only a connection of this very socket is touched.
+        The descriptor may be another file by now. Only a connection of this very socket is touched, which dials again
+        if it is not the one that was meant.
         """
+        self._lose(connection, now)
         with contextlib.suppress(OSError):
             fd = os.dup(connection.fd)
             try:
@@ -350,7 +376,7 @@ class Dealer:
             (zmq.SNDHWM, SEND_HWM),
             (zmq.RCVHWM, RECEIVE_HWM),
             (zmq.LINGER, 500),
-            (zmq.RECONNECT_IVL, -1),
+            (zmq.RECONNECT_IVL, NEVER),
             (zmq.IPV6, int(":" in host)),
         ):
             self._socket.setsockopt(option, value)
@@ -415,7 +441,7 @@ class Dealer:
     def _why(self, event: int) -> str:
         if self._connected:
             return "its connection ended"
-        if event == zmq.EVENT_CLOSED:
+        if event in (zmq.EVENT_CLOSED, zmq.EVENT_CONNECT_RETRIED):
             return "cannot connect"
         mine = "with the cluster key of this group" if self._keyed else "without a cluster key"
         return f"the connection ended before it was set up, {mine}: it needs the frontend's"

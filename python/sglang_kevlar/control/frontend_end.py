@@ -253,7 +253,7 @@ class Sessions:
     def _join(self, sender: bytes, join: Join, now: float) -> list[Effect]:
         identity, effects = join.identity, list[Effect]()
         if identity.kind == "frontend" and self.identity is None:
-            return _refused(sender, join.session, "this frontend has no --peers", None)
+            return _refused(sender, join.session, "no --peers here, or it does not serve yet", RETRY)
         if join.version != CLUSTER_VERSION:
             return _refused(sender, join.session, _other_version(join.version), None)
         if self.closed is not None:

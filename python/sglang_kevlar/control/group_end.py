@@ -59,7 +59,10 @@ Phase = Literal["apart", "dialling", "joining", "joined", "closed"]
 
 
 class GroupEnd:
-    def __init__(self, identity: Identity, configuration: Configuration, state: GroupState, now: float) -> None:
+    def __init__(
+        self, identity: Identity, configuration: Configuration, state: GroupState, now: float, frontend: int = 0
+    ) -> None:
+        """``frontend``: its number among those of this gateway, so that no two sessions of it have one name."""
         self.phase: Phase = "apart"
         self.state = _clipped(state)
         #: of the last session, or the one that is being tried
@@ -67,6 +70,7 @@ class GroupEnd:
         #: why there is none
         self.reason = "not tried yet"
         self._identity = identity
+        self._frontend = frontend
         self._configuration = configuration
         self._backoff = Backoff(BACKOFF_BASE, BACKOFF_CAP)
         self._tries = 0
@@ -105,7 +109,7 @@ class GroupEnd:
         if self.phase != "dialling":
             return []
         self._tries += 1
-        self.session = f"{self._identity.instance}-{self._tries}"
+        self.session = f"{self._identity.instance}-{self._frontend}.{self._tries}"
         self._enter("joining")
         return [
             Send(

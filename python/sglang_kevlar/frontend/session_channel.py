@@ -55,7 +55,7 @@ class SessionChannel(Channel):
     def refusal(self, message: Any) -> str | None:
         kind = type(message)
         if not wire.reads(message) and not self._may_change():
-            return f"worker group {self.group} takes {kind.__name__} only from the first frontend of its --join"
+            return f"worker group {self.group} takes {kind.__name__} only from the first frontend of its --join, and not from one with --peers"
         try:
             wire.encode(message)
         except wire.NotForNetwork as reason:

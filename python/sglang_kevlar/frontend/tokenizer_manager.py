@@ -43,6 +43,8 @@ from sglang_kevlar.frontend.host import BatchOutput, Host
 from sglang_kevlar.frontend.kept.registry import KeptRuns
 from sglang_kevlar.frontend.loads import GroupLoadReader
 from sglang_kevlar.frontend.outcome import Failure, RequestOutcome, outcome_of
+from sglang_kevlar.frontend.peers import start as peers
+from sglang_kevlar.frontend.peers.kept import KeptPeers
 from sglang_kevlar.frontend.replay import RunTimeChanges
 from sglang_kevlar.frontend.wire_check import Unsendable, check_request
 from sglang_kevlar.observability.events import FailoverEvents
@@ -72,6 +74,10 @@ class KevlarTokenizerManager(TokenizerManager, Host):
         self._generating = 0
         #: requests that outlive their connection
         self.kept = KeptRuns(plan.kevlar.stream_retention, plan.kevlar.stream_memory << 20)
+        #: the HTTP application, where there is one
+        self.app: Any = None
+        #: with --peers, once it serves
+        self.peers: KeptPeers | None = None
         register_wire_types()
         super().__init__(server_args, port_args)
 
@@ -84,7 +90,8 @@ class KevlarTokenizerManager(TokenizerManager, Host):
         self.tokenizer_ipc_name = None
         groups = range(self.plan.kevlar.worker_groups)
         self._metrics = metrics = PrometheusMetrics(groups) if self.enable_metrics else NoMetrics()
-        self.groups = WorkerGroups(self.plan, self.paths, self._on_membership)
+        self.identity = peers.identity_of(self.plan, secure=bool(self.server_args.ssl_certfile))
+        self.groups = WorkerGroups(self.plan, self.paths, self._on_membership, self.identity)
         self.failover = Failover(
             host=self,
             groups=self.groups,
@@ -121,6 +128,8 @@ class KevlarTokenizerManager(TokenizerManager, Host):
         if self._changes.inherited:
             await self._take_over_changes()
         self.groups.start()
+        if self.identity is not None and self.groups.sessions is not None:
+            self.peers = peers.start(self.plan, self.identity, self.groups.sessions, self.kept, self.app)
         if self.enable_metrics:
             self.asyncio_tasks.add(asyncio.create_task(self._watch_shadows()))
         await self.failover.run()
@@ -280,6 +289,7 @@ class KevlarTokenizerManager(TokenizerManager, Host):
             "held": len(self.failover.hold),
             "groups": groups,
             "kept": self.kept.status(),
+            "frontends": [] if self.peers is None else self.peers.records.status(),
             "failovers": self.failover.events.history(),
         }
 

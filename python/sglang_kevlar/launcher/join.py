@@ -105,7 +105,9 @@ def run(argv: Sequence[str]) -> int:
         print(f"sglang-kevlar: error: the frontend refuses this group: {refusal}", file=sys.stderr, flush=True)
         return EXIT_CONFIG
     except msgspec.ValidationError as error:
-        print(f"sglang-kevlar: error: the frontend has settings that are none here: {error}", file=sys.stderr, flush=True)
+        print(
+            f"sglang-kevlar: error: the frontend has settings that are none here: {error}", file=sys.stderr, flush=True
+        )
         return EXIT_CONFIG
     except KeyboardInterrupt:
         return 130

@@ -23,8 +23,11 @@ MAX_PAYLOAD_BYTES = MAX_FRAME_BYTES - (1 << 20)
 MAX_TEXT = 4096
 MAX_RANKS = 1024
 
-#: of a group, a host, a session: goes into logs, metrics and addresses
-Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"\A[A-Za-z0-9][A-Za-z0-9._-]*\Z")]
+_PLAIN = r"\A[A-Za-z0-9][A-Za-z0-9._-]*\Z"
+#: goes into logs, metrics and addresses
+Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=_PLAIN)]
+#: an instance, and a number
+Session = Annotated[str, Meta(min_length=1, max_length=128, pattern=_PLAIN)]
 Text = Annotated[str, Meta(max_length=MAX_TEXT)]
 Short = Annotated[str, Meta(max_length=256)]
 Number = Annotated[int, Meta(ge=0)]
@@ -39,7 +42,7 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     name: Name
     #: label of its host: shadows prefer another
     host: Name
-    #: drawn by each gateway process
+    #: drawn by each gateway process; its sessions are named after it
     instance: Name
     #: of a frontend: where it serves HTTP, as the others reach it
     url: Text = ""
@@ -104,7 +107,7 @@ class GroupState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class _Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type"):
-    session: Name
+    session: Session
 
 
 class Setup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -205,7 +208,7 @@ _encoder = msgspec.msgpack.Encoder()
 
 
 class _AnyVersion(msgspec.Struct, frozen=True, tag_field="type", tag="join"):
-    session: Name
+    session: Session
     version: int
 
 

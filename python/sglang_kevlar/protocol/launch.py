@@ -67,6 +67,10 @@ class KevlarArgs(msgspec.Struct, frozen=True, kw_only=True):
     lease: float = 3.0
     #: without it the environment's (`cluster.keys`)
     cluster_key_file: str | None = None
+    #: all frontends of the same groups, by name: where each listens. "a=HOST:PORT,b=HOST:PORT"; None: this one alone
+    peers: str | None = None
+    #: which of them this is
+    frontend_name: str | None = None
     #: label of this host; None: its name
     host_label: str | None = None
     #: address of this host at which ranks of other hosts reach its ranks

@@ -21,6 +21,8 @@ FailureValues = tuple[int, str, str, int | None]
 class RunRecord(Protocol):
     """Sees one run, in order."""
 
+    lineage: Lineage
+
     async def output(self, messages: list[bytes], offset: int) -> None:
         """What one output is made of, and the tokens with it. The endpoint has it when this returns."""
 

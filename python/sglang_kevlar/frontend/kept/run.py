@@ -68,6 +68,7 @@ class Run:
             )
             identity = (self.kept.principal, self.kept.key)
             self.record = recorder.begin(self.kept.rid, identity, self.lineage, request)
+            self.lineage = self.record.lineage
         self._progress = Progress(self.kept.rid, self.record, recorded)
 
     async def serve(self, app: ASGIApp, scope: Scope) -> None:

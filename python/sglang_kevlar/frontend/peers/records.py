@@ -157,6 +157,7 @@ class RunRecord:
     def __init__(self, records: PeerRecords, run: Run) -> None:
         self._records = records
         self.run = run
+        self.lineage = run.lineage
         self._yields = 0
         self._ended = False
 
