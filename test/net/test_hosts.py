@@ -57,7 +57,7 @@ def exchange(connection: socket.socket, data: bytes = b"ping") -> None:
     assert received == data
 
 
-def silent(connection: socket.socket, seconds: float = 0.3) -> bool:
+def silent(connection: socket.socket, seconds: float = 0.15) -> bool:
     """Whether nothing comes back: neither an answer nor an end."""
     before = connection.gettimeout()
     connection.settimeout(seconds)
@@ -127,7 +127,7 @@ def test_a_pulled_cable_is_silence_and_the_connection_outlives_it(pair: Hosts) -
             host.down()
             assert silent(connection)
             with pytest.raises(TimeoutError):
-                connect(pair["b"], address, timeout=0.3)
+                connect(pair["b"], address, timeout=0.15)
             pair.heal()
             assert connection.recv(4) == b"ping"
             exchange(connection)
@@ -153,10 +153,10 @@ def test_a_limited_rate(pair: Hosts) -> None:
     pair["b"].limit(1_000_000)
     began = time.monotonic()
     with connect(pair["b"], address) as connection:
-        connection.sendall(bytes(1_000_000))
+        connection.sendall(bytes(500_000))
         connection.shutdown(socket.SHUT_WR)
-        assert connection.recv(20) == b"1000000"
-    assert time.monotonic() - began > 0.8
+        assert connection.recv(20) == b"500000"
+    assert time.monotonic() - began > 0.4
     pair["b"].limit(None)
 
 
@@ -220,13 +220,13 @@ def test_delay_and_order(wired: Hosts) -> None:
 
 def test_a_path_with_a_rate(wired: Hosts) -> None:
     address = start(wired["a"], "sink")
-    wired.fault(Faults(rate=500_000), source="b", target="a")
+    wired.fault(Faults(rate=1_000_000), source="b", target="a")
     began = time.monotonic()
     with connect(wired["b"], address) as connection:
         connection.sendall(bytes(500_000))
         connection.shutdown(socket.SHUT_WR)
         assert connection.recv(20) == b"500000"
-    assert time.monotonic() - began > 0.9
+    assert time.monotonic() - began > 0.4
 
 
 def test_what_cannot_be_is_refused(pair: Hosts) -> None:
