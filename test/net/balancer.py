@@ -44,7 +44,7 @@ frontend public
     default_backend servers
 backend servers
     balance roundrobin
-    option httpchk GET /health
+    option httpchk GET {check}
     default-server check inter 200ms fall 2 rise 1{marked_down}
 {servers}
 """
@@ -100,7 +100,8 @@ class Balancer:
     """Context manager. ``start`` and ``network`` put it onto a host: ``Host.popen`` and ``Host.network``.
 
     ``mode`` is HAProxy's: ``http`` chooses a server for each request, ``tcp`` for each connection. With
-    ``cut_when_down`` it closes the streams of a server that fails its checks. nginx checks nobody: a server whose
+    ``cut_when_down`` it closes the streams of a server that fails its checks. SGLang's /health makes a token each time;
+    a ``check`` of /ready does not. nginx checks nobody: a server whose
     connection failed gets none for a second.
     """
 
@@ -111,6 +112,7 @@ class Balancer:
         kind: str = "haproxy",
         mode: str = "http",
         cut_when_down: bool = False,
+        check: str = "/health",
         address: str = "127.0.0.1",
         start: Start = subprocess.Popen,
         network: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
@@ -119,6 +121,7 @@ class Balancer:
         self._kind = kind
         self._mode = mode
         self._cut_when_down = cut_when_down
+        self._check = check
         self._address = address
         self._start = start
         self._network = network
@@ -172,6 +175,7 @@ class Balancer:
             port=self.port,
             mode=self._mode,
             http=_HAPROXY_HTTP if self._mode == "http" else "",
+            check=self._check,
             marked_down=" on-marked-down shutdown-sessions" if self._cut_when_down else "",
             servers="\n".join(servers),
         )
