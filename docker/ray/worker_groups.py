@@ -3,7 +3,8 @@
     python worker_groups.py --join HOST:PORT[,HOST:PORT] --groups 2 --gpus 1 -- --cluster-key-file /etc/kevlar/key
 
 What follows ``--`` goes to every ``launch_worker_group``. It needs SGLang-Kevlar, the model and the key on each node.
-Ends on SIGTERM or Ctrl-C, after all groups have left; or with status 78 when a frontend refuses a group.
+Ends on SIGTERM or Ctrl-C, after all groups have left; or with status 78 when a frontend refuses a group. When it is
+killed, the groups go on, and the same command tends them again.
 """
 
 from __future__ import annotations
@@ -18,7 +19,12 @@ from collections.abc import Sequence
 
 import ray
 from ray.exceptions import RayError
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    get_placement_group,
+    placement_group,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 LAUNCH = [sys.executable, "-m", "sglang_kevlar.launch_worker_group"]
@@ -96,27 +102,42 @@ def main(argv: Sequence[str], launch: Sequence[str] = LAUNCH) -> None:
     parser.add_argument("flags", nargs="*", help="of launch_worker_group, after --")
     args = parser.parse_args(argv)
 
-    ray.init(address=args.address)
+    # What is detached lives in a namespace, and outlives this process.
+    ray.init(address=args.address, namespace="sglang-kevlar")
     # After Ray's own, which would end with the signal's number.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    # STRICT_SPREAD: a node is lost whole. With fewer nodes than groups, SPREAD.
-    bundle = {"CPU": args.cpus, **({"GPU": args.gpus} if args.gpus else {})}
-    places = placement_group([bundle] * args.groups, strategy="STRICT_SPREAD")
     groups: list[ray.actor.ActorHandle] = []
+    places = reserve(args.name, args.groups, {"CPU": args.cpus, **({"GPU": args.gpus} if args.gpus else {})})
     try:
         if not places.wait(args.patience):
-            sys.exit(f"Ray has not {args.groups} nodes with {bundle} free")
+            sys.exit(f"Ray has not {args.groups} nodes with {args.cpus:g} CPUs and {args.gpus:g} GPUs free")
         for number in range(args.groups):
-            place = PlacementGroupSchedulingStrategy(places, placement_group_bundle_index=number)
-            options = {"num_cpus": args.cpus, "num_gpus": args.gpus, "scheduling_strategy": place}
-            flags = ["--join", args.join, *args.flags]
-            groups.append(WorkerGroup.options(**options).remote(f"{args.name}-{number}", launch, flags))
+            name = f"{args.name}-{number}"
+            actor = WorkerGroup.options(
+                name=name,
+                get_if_exists=True,
+                lifetime="detached",
+                num_cpus=args.cpus,
+                num_gpus=args.gpus,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(places, placement_group_bundle_index=number),
+            )
+            groups.append(actor.remote(name, launch, ["--join", args.join, *args.flags]))
         tend(groups)
     finally:
         if groups:
             ray.wait([group.leave.remote() for group in groups], num_returns=len(groups), timeout=LEAVE + ANSWER)
+        for group in groups:
+            ray.kill(group)
         remove_placement_group(places)
         ray.shutdown()
+
+
+def reserve(name: str, groups: int, bundle: dict[str, float]) -> PlacementGroup:
+    """STRICT_SPREAD: a node is lost whole. With fewer nodes than groups, SPREAD."""
+    try:
+        return get_placement_group(name)
+    except ValueError:
+        return placement_group([bundle] * groups, strategy="STRICT_SPREAD", name=name, lifetime="detached")
 
 
 if __name__ == "__main__":

@@ -123,6 +123,28 @@ def test_a_group_on_each_node_started_again_and_ended_with_its_actor(cluster: st
         driver.communicate()
 
 
+def test_a_killed_driver_takes_nobody_with_it_and_the_next_goes_on(cluster: str, children: Children) -> None:
+    first = start(cluster, children)
+    try:
+        both = children.wait(lambda alive: len(alive) == 2, "two groups")
+    finally:
+        first.kill()
+        first.communicate()
+    second = start(cluster, children)
+    try:
+        killed = both["ray-0"]["pid"]
+        os.kill(killed, signal.SIGKILL)
+        now = children.wait(lambda alive: len(alive) == 2 and alive["ray-0"]["pid"] != killed, "group started again")
+        assert now["ray-1"]["pid"] == both["ray-1"]["pid"]
+        second.send_signal(signal.SIGTERM)
+        assert second.wait(PATIENCE) == 0
+        children.wait(lambda alive: not alive, "end of the groups")
+        assert all(children.left(child["pid"]) for child in now.values())
+    finally:
+        second.kill()
+        second.communicate()
+
+
 def test_a_group_that_is_refused_ends_it(cluster: str, children: Children) -> None:
     driver = start(cluster, children, status=78)
     try:
