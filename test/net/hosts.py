@@ -175,15 +175,17 @@ class Host:
 
 
 class Hosts:
-    """Context manager over hosts by name. Its ``seed`` decides which frames are hit."""
+    """Context manager over hosts by name. ``seed`` decides which frames are hit; ``grace``: seconds at the end, in
+    which what our children started may put things in order, when they have been killed."""
 
-    def __init__(self, *names: str, wire: bool = False, seed: int = 0) -> None:
+    def __init__(self, *names: str, wire: bool = False, seed: int = 0, grace: float = 3.0) -> None:
         if len(set(names)) != len(names) or not 0 < len(names) < 255 or _SWITCH in names:
             raise ValueError(f"names of hosts differ from each other and from {_SWITCH!r}: {names}")
         self.prefix = f"kv-{os.getpid()}-{_started(os.getpid())}-{next(_serial)}"
         self._hosts = {name: Host(self, name, index) for index, name in enumerate(names)}
         self._switch = f"{self.prefix}-{_SWITCH}"
         self._seed = seed
+        self._grace = grace
         self._with_wire = wire
         self._wire: subprocess.Popen[str] | None = None
         self._down: set[int] = set()
@@ -219,6 +221,11 @@ class Hosts:
             raise
 
     def close(self) -> None:
+        for child in self.children:
+            child.kill()
+        deadline = time.monotonic() + self._grace
+        while time.monotonic() < deadline and _inside(self._names()):
+            time.sleep(0.01)
         _remove(self._names())
         for child in self.children:
             with contextlib.suppress(subprocess.TimeoutExpired):

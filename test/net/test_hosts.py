@@ -258,7 +258,7 @@ def alive(pid: int) -> bool:
 OTHER_TEST = """
 import sys, time
 from net.hosts import Hosts
-with Hosts("a", "b", wire=True) as hosts:
+with Hosts("a", "b", wire=True, grace=0.1) as hosts:
     child = hosts["a"].popen(["sh", "-c", "sleep 1000 & echo $!; wait"])
     while len(hosts["a"].pids()) < 2: time.sleep(0.01)
     print("\\n", hosts.prefix, hosts._wire.pid, flush=True)
