@@ -19,11 +19,11 @@ from net.balancer import Balancer
 from net.hosts import Hosts
 
 SERVER = str(Path(__file__).with_name("http_server.py"))
-pytestmark = pytest.mark.skipif(reason := balancer_module.unavailable(), reason=str(reason))  # type: ignore[arg-type]
+pytestmark = pytest.mark.skipif(bool(reason := balancer_module.unavailable()), reason=str(reason))
 NGINX = pytest.param(
     "nginx",
     "http",
-    marks=pytest.mark.skipif(no := balancer_module.unavailable("nginx"), reason=str(no)),  # type: ignore[arg-type]
+    marks=pytest.mark.skipif(bool(no := balancer_module.unavailable("nginx")), reason=str(no)),
 )
 UP = {"a": "UP", "b": "UP"}
 
@@ -127,7 +127,7 @@ def test_a_frozen_server_is_found_by_its_checks_and_its_streams_are_cut_if_wante
         assert who(balancer) == set(UP) - {name}
 
 
-@pytest.mark.skipif(reason := hosts_module.unavailable(), reason=str(reason))  # type: ignore[arg-type]
+@pytest.mark.skipif(bool(reason := hosts_module.unavailable()), reason=str(reason))
 def test_on_a_host_of_its_own_in_front_of_two_others(servers: Servers) -> None:
     with Hosts("a", "b", "front") as hosts:
         for name in "ab":

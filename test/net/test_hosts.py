@@ -18,7 +18,7 @@ from net import hosts as hosts_module
 from net.hosts import Host, Hosts, unavailable
 from net.link_faults import NONE, Faults
 
-pytestmark = pytest.mark.skipif(reason := unavailable(wire=True), reason=str(reason))  # type: ignore[arg-type]
+pytestmark = pytest.mark.skipif(bool(reason := unavailable(wire=True)), reason=str(reason))
 
 ECHO = str(Path(__file__).with_name("echo.py"))
 #: seconds for what has to happen at some time
