@@ -552,6 +552,7 @@ class Failover:
             elif recorded.ended or request.abort_requested:
                 self._end_aborted(request, AbortReq(rid=rid))
             else:
+                self.journal.go_on(entry)
                 self.hold.hold(rid, time.monotonic(), redirected=True)
                 self._pump()
 

@@ -22,12 +22,14 @@ class Elsewhere(Protocol):
         rid: str | None,
         principal: str,
         last_id: str | None,
+        begun: bool,
         scope: Scope,
         body: bytes,
         receive: Receive,
         send: Send,
     ) -> Run | Failure | bool:
-        """For a request that has no run here which could go on behind ``last_id``, by its identity or its id.
+        """For a request that has no run here which could go on behind ``last_id``, by its identity or its id. ``begun``:
+        somebody must have it.
 
         A run that is here now; why it cannot be answered; True when a peer has answered it, or the client has left;
         False when nobody has it.

@@ -68,7 +68,7 @@ class _Answer(Response):
         run = self._runs.find_rid(self._principal, self._rid)
         here = isinstance(run, Run) and (last_id is None or elsewhere is None or elsewhere.may_go_on(run, last_id))
         if elsewhere is not None and not here:
-            answer = await elsewhere.answer(None, self._rid, self._principal, last_id, scope, b"", receive, send)
+            answer = await elsewhere.answer(None, self._rid, self._principal, last_id, True, scope, b"", receive, send)
             if answer is True:
                 return None
             if isinstance(answer, Failure):

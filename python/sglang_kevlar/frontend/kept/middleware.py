@@ -86,8 +86,10 @@ class KeptMiddleware:
         # From here to the run's beginning nothing is awaited: of two that come at once one finds the other's.
         found = self._runs.find(principal, key)
         if elsewhere is not None and (found is None or not self._may_go_on(elsewhere, found, last_id)):
-            identity, whole = (principal, key), body.whole()
-            answer = await elsewhere.answer(identity, None, principal, last_id, scope, whole, receive, send)
+            identity, begun = (principal, key), wanted is not None or last_id is not None
+            answer = await elsewhere.answer(
+                identity, None, principal, last_id, begun, scope, body.whole(), receive, send
+            )
             if answer is True:
                 return None
             if isinstance(answer, Failure):

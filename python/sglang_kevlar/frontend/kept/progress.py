@@ -96,7 +96,16 @@ class Progress:
                 self.offset = before + sum(tokens.values())
                 if self._record is not None and self.messages:
                     messages, self.messages = self.messages, []
+                    # Upstream goes on appending to the lists in it while we wait.
+                    output = _as_it_is(output)
                     await self._record.output(messages, self.offset)
                 yield output
         finally:
             await outputs.aclose()
+
+
+def _as_it_is(value: Any) -> Any:
+    """A copy of an output: of its dictionaries and lists, not of what is in those lists."""
+    if isinstance(value, dict):
+        return {name: list(each) if isinstance(each, list) else _as_it_is(each) for name, each in value.items()}
+    return [_as_it_is(each) for each in value] if isinstance(value, list) else value

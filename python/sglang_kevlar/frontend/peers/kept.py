@@ -55,6 +55,7 @@ class KeptPeers:
         rid: str | None,
         principal: str,
         last_id: str | None,
+        begun: bool,
         scope: Scope,
         body: bytes,
         receive: Receive,
@@ -76,8 +77,11 @@ class KeptPeers:
                 return Failure(
                     503, f"frontend {missing} may have this request and is not there: try again", "no_group", 1
                 )
-            if passed_on or alone or (isinstance(where, Nowhere) and last_id is None and rid is None):
-                return _refusal(where) if passed_on or not isinstance(where, Nowhere) or last_id is not None else False
+            is_new = isinstance(where, Nowhere) and not begun
+            if is_new and not passed_on:
+                return False
+            if passed_on or alone:
+                return _refusal(where)
             # One may have more of it, or may just have taken it up, or may not know yet that it should.
             names = [where.name] if isinstance(where, There) else self.records.directory.peers
             try:
@@ -120,6 +124,8 @@ class KeptPeers:
     def take_up(self, found: TakeUp) -> Run | None:
         """Go on with a request of a lost frontend. None when there is no room, or it is here by now."""
         opened, record, runs = found.record.opened, found.record, self._runs
+        if isinstance(here := runs.find(opened.principal, opened.key), Run):
+            return here  # its client was back before its turn had come
         request = opened.request
         failure = None if record.ended is None else record.ended.failure
         if request.path.endswith(RESPONSES_PATH) and record.yields:
