@@ -76,7 +76,9 @@ class _Answer(Response):
             run = answer or run
         if run is None:
             raise Refused(404, f"no request {self._rid[:128]} is kept here")
-        return attachable(run)
+        run = attachable(run)
+        await run.come_to(last_id)
+        return run
 
 
 def _index(run: Run, request: Request) -> int:

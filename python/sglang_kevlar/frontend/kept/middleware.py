@@ -105,6 +105,7 @@ class KeptMiddleware:
             self._runs.serve(run, self.app, dict(scope), body.whole())
             return Reader(run, 0)
         run = attachable(found)
+        await run.come_to(last_id)
         if run.kept.digest != body.digest():
             raise Refused(422, "this Idempotency-Key was used with another request: path, query or body differ")
         if wanted is not None and wanted != run.kept.rid:

@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from sglang_kevlar.control.event_log import Discarded, Position
 from sglang_kevlar.control.kept_requests import Kept, KeptRequests
 from sglang_kevlar.control.lineage import Lineage
-from sglang_kevlar.frontend.kept.events import Splitter, event_id, with_id
+from sglang_kevlar.frontend.kept.events import BadId, Splitter, event_id, parse_id, with_id
 from sglang_kevlar.frontend.kept.progress import Progress, Recorded, Recorder, RunRecord
 from sglang_kevlar.frontend.outcome import OFFSET_KEY, SCOPE_KEY, RequestOutcome
 from sglang_kevlar.protocol.records import HttpRequest
@@ -38,6 +38,8 @@ class Run:
         #: through whose hands it went, where there are other frontends: its events are named by it
         self.lineage = lineage
         self.record: RunRecord | None = None
+        #: tokens up to which another frontend made it
+        self._base = -1
         self._requests = requests
         #: status and headers, once they are there
         self.start: Message | None = None
@@ -70,6 +72,8 @@ class Run:
             self.record = recorder.begin(self.kept.rid, identity, self.lineage, request)
             self.lineage = self.record.lineage
         self._progress = Progress(self.kept.rid, self.record, recorded)
+        if recorded is not None and self.lineage is not None and self.lineage.before:
+            self._base = self.lineage.before[-1][1]
 
     async def serve(self, app: ASGIApp, scope: Scope) -> None:
         """Lets the endpoint answer, to the end of all it does. Does not raise; ``failure`` says what went wrong."""
@@ -182,6 +186,18 @@ class Run:
         return not self._abandoned.is_set()
 
     # ---- the clients' side
+
+    async def come_to(self, last_id: str | None) -> None:
+        """Of a run that another frontend began: wait until it has made again what its client has."""
+        with contextlib.suppress(BadId):
+            position = None if last_id is None else parse_id(last_id, self.kept.rid)
+            while position is not None and position.tokens <= self._base and not self._is_at(position):
+                await self.changed()
+
+    def _is_at(self, position: Position) -> bool:
+        log = self.kept.log
+        has_come = log.last is not None and log.last >= position
+        return has_come or log.complete or self.failure is not None or self.kept.gone is not None
 
     async def changed(self) -> None:
         waiter = asyncio.get_running_loop().create_future()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 from collections.abc import Iterable
 
 import aiohttp
@@ -15,6 +16,8 @@ FORWARDED = "x-kevlar-forwarded"
 #: statuses that say that a frontend cannot go on with a request: another may
 CANNOT = (404, 409, 410)
 CONNECT_TIMEOUT = 2.0
+#: of a refusal, at most
+MESSAGE_BYTES = 65_536
 #: of one hop, or made anew
 _NOT_PASSED = frozenset(
     (b"connection", b"keep-alive", b"transfer-encoding", b"te", b"trailer", b"upgrade", b"host", b"content-length")
@@ -57,6 +60,21 @@ class Forwarder:
     async def close(self) -> None:
         if self._session is not None:
             await self._session.close()
+
+
+async def message_of(response: aiohttp.ClientResponse) -> str:
+    """What a refusal says. Raises Unreachable."""
+    try:
+        answer = json.loads(await response.content.read(MESSAGE_BYTES))
+    except (aiohttp.ClientError, OSError, TimeoutError) as error:
+        raise Unreachable(str(error)) from error
+    except ValueError:
+        answer = None
+    finally:
+        response.close()
+    answer = answer.get("error", answer) if isinstance(answer, dict) else answer
+    message = answer.get("message") if isinstance(answer, dict) else answer
+    return str(message or f"status {response.status}")
 
 
 async def relay(response: aiohttp.ClientResponse, receive: Receive, send: Send) -> None:

@@ -17,7 +17,7 @@ from sglang_kevlar.frontend.kept.progress import Recorded
 from sglang_kevlar.frontend.kept.registry import KeptRuns
 from sglang_kevlar.frontend.kept.run import Run
 from sglang_kevlar.frontend.outcome import Failure
-from sglang_kevlar.frontend.peers.forward import CANNOT, FORWARDED, Forwarder, Unreachable, relay
+from sglang_kevlar.frontend.peers.forward import CANNOT, FORWARDED, Forwarder, Unreachable, message_of, relay
 from sglang_kevlar.frontend.peers.links import PeerLinks
 from sglang_kevlar.frontend.peers.records import PeerRecords
 from sglang_kevlar.protocol.records import HttpRequest
@@ -64,7 +64,7 @@ class KeptPeers:
         behind = _event(last_id)
         # One that another frontend passed on is answered here, or not at all.
         passed_on = any(name == FORWARDED.encode() for name, _ in scope["headers"])
-        alone = False
+        alone, refused = False, None
         while True:
             where = self.records.directory.find(identity, rid, principal, behind, time.monotonic(), alone)
             if isinstance(where, Here):
@@ -81,11 +81,12 @@ class KeptPeers:
             if is_new and not passed_on:
                 return False
             if passed_on or alone:
-                return _refusal(where)
+                return refused if refused is not None and isinstance(where, Nowhere) else _refusal(where)
             # One may have more of it, or may just have taken it up, or may not know yet that it should.
             names = [where.name] if isinstance(where, There) else self.records.directory.peers
             try:
-                if await self._forward(names, scope, body, receive, send):
+                answered, refused = await self._forward(names, scope, body, receive, send)
+                if answered:
                     return True
             except Unreachable as problem:
                 return Failure(503, f"a frontend that may have this request does not answer ({problem})", "no_group", 1)
@@ -93,19 +94,23 @@ class KeptPeers:
                 return _refusal(where)
             alone = True
 
-    async def _forward(self, names: list[str], scope: Scope, body: bytes, receive: Receive, send: Send) -> bool:
-        """Let a peer answer that can go on with it. False: none of them can. Raises Unreachable, CutOff."""
+    async def _forward(
+        self, names: list[str], scope: Scope, body: bytes, receive: Receive, send: Send
+    ) -> tuple[bool, Failure | None]:
+        """Let a peer answer that can go on with it. Without one, what the first of them said. Raises Unreachable,
+        CutOff."""
+        refused: Failure | None = None
         for name in names:
             url = self.records.urls.get(name)
             if url is None:
                 raise Unreachable(f"frontend {name} has just gone")
             response = await self._forwarder.ask(url, scope, body)
             if response.status in CANNOT:
-                response.release()
+                refused = refused or Failure(response.status, await message_of(response), "invalid")
                 continue
             await relay(response, receive, send)
-            return True
-        return False
+            return True, None
+        return False, refused
 
     # -- requests of lost frontends
 
