@@ -30,8 +30,8 @@ class SessionChannel(Channel):
         load: Callable[[], LoadSnapshot | None],
         may_change: Callable[[], bool] = lambda: False,
     ) -> None:
-        """``send`` may end the session when the other end does not read, and raise CannotSend. ``load``: what the group last said of its
-        load. ``may_change``: whether it takes changes from this frontend."""
+        """``send`` may end the session when the other end does not read, and raise CannotSend. ``load``: what the group
+        last said of its load. ``may_change``: whether it takes changes from this frontend."""
         super().__init__(group, epoch, capacity)
         self._send = send
         self.load = load

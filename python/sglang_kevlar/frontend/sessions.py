@@ -1,4 +1,4 @@
-"""Sessions with groups on other hosts, and what becomes of them: events for the actor, channels, orders to the groups."""
+"""Sessions with groups on other hosts, and what becomes of them: events for the actor, channels, orders to groups."""
 
 from __future__ import annotations
 

@@ -251,12 +251,10 @@ def _for_cluster(plan: LaunchPlan, server_args: ServerArgs, argv: list[str], joi
 
 
 #: flags of the HTTP side, of this host's ports and devices, and secrets: not for other hosts
-_NOT_FOR_GROUPS = frozenset(
-    """
+_NOT_FOR_GROUPS = """
     --host --port --api-key --admin-api-key --ssl-keyfile --ssl-certfile --ssl-ca-certs --ssl-keyfile-password
     --base-gpu-id --gpu-id-step --nccl-port --log-level --log-level-http --numa-node
-    """.split()
-)
+""".split()  # noqa: SIM905 - a list of that would be a page long
 
 
 def for_groups(argv: Sequence[str]) -> list[str]:
