@@ -86,6 +86,7 @@ def test_what_a_dead_one_had_sent_is_read_before_its_end(router: Router, script:
     assert read(router) == [frame(OLD), frame(OLD)]
     script.frames.append((OLD, []))
     assert read(router) == [frame(OLD), closed(OLD)]
+    script.events.append(ACCEPTED)
     script.frames.append((OLD, []))
     assert read(router) == [], "it comes back from the dead"
 
