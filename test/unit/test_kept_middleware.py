@@ -497,13 +497,15 @@ def test_a_client_that_stopped_reading_does_not_hold_an_ended_log_for_ever(monke
     play(test, retention=0.3)
 
 
-BIG = "x" * 20_000
+def big(number: int) -> str:
+    """20 kB that have nothing in common with others."""
+    return random.Random(number).randbytes(10_000).hex()
 
 
 def test_ended_logs_make_room_oldest_first() -> None:
     async def test(world: World) -> None:
         for key in "abcdefgh":
-            world.put(BIG, None)
+            world.put(big(ord(key)), None)
             await world.post(b'{"rid": "%s"}' % key.encode(), {"Idempotency-Key": key}).end()
         states = [(await world.get(f"{key}").end()).status for key in "abcdefgh"]
         assert states == sorted(states, reverse=True) and 410 in states and 200 in states
@@ -517,7 +519,7 @@ def test_a_running_request_whose_log_does_not_fit_goes_on_and_cannot_be_taken_up
     async def test(world: World) -> None:
         fast, slow = world.post(b'{"rid": "r"}'), world.post(b'{"rid": "r"}', read=0)
         for i in range(40):
-            world.put(f"{i} {BIG}")
+            world.put(big(i))
         world.put(None)
         await until(world.closed)
         late = await world.post(b'{"rid": "r"}').end()
@@ -546,7 +548,7 @@ def test_one_that_is_closed_ends_with_its_last_client() -> None:
     async def test(world: World) -> None:
         first = world.post(b'{"rid": "r"}')
         for i in range(10):
-            world.put(f"{i} {BIG}")
+            world.put(big(i))
         await until(world.closed)
         await first.leave()
         world.put(*range(10))
