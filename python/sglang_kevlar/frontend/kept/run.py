@@ -46,6 +46,8 @@ class Run:
         self._readers: set[Reader] = set()
         self._body: bytes | None = None
         self._progress: Progress | None = None
+        #: of the last event
+        self._position = Position(0, -1)
         self.task: asyncio.Task[None] | None = None
 
     # ---- the endpoint's side
@@ -53,10 +55,11 @@ class Run:
     async def serve(self, app: ASGIApp, scope: Scope, body: bytes, recorder: Recorder | None) -> None:
         """Lets the endpoint answer, to the end of all it does. Does not raise; ``failure`` says what went wrong."""
         self._body = body
+        del body  # or it would be here until the end
         record: RunRecord | None = None
         try:
             if recorder is not None:
-                record = await recorder.begin(self._request(scope, body))
+                record = await recorder.begin(self._request(scope, self._body))
             self._progress = Progress(self.kept.rid, record)
             scope[SCOPE_KEY] = RequestOutcome(kept=self._progress)
             # Towards the endpoint we are the server: one that tells of a client's leaving by `receive`, and only there.
@@ -154,8 +157,8 @@ class Run:
         for event in events:
             if kept.closed is not None and not await self._caught_up():
                 return
-            last = kept.log.last
-            position = Position(tokens, last.number + 1 if last is not None and last.tokens == tokens else 0)
+            last = self._position
+            self._position = position = Position(tokens, last.number + 1 if last.tokens == tokens else 0)
             if self.numbered:
                 event = with_id(event, kept.rid, position)
             self._requests.append(kept, event, position)
