@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from http import HTTPStatus
 
 from starlette.datastructures import Headers
@@ -47,7 +47,7 @@ class KeptMiddleware:
         self._routes = routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not _has_key(scope["headers"]) or scope["method"] != "POST":
+        if scope["type"] != "http" or scope["method"] != "POST" or KEY_HEADER not in dict(scope["headers"]):
             await self.app(scope, receive, send)
             return
         endpoint = self._endpoint(scope)
@@ -182,10 +182,6 @@ def principal_of(headers: Headers) -> str:
     """Whose request it is: of the bearer of a key (as upstream reads it), or nobody's in particular."""
     scheme, _, key = headers.get("authorization", "").partition(" ")
     return hashlib.sha256(key.encode()).hexdigest() if scheme.lower() == "bearer" and key else ""
-
-
-def _has_key(headers: Iterable[tuple[bytes, bytes]]) -> bool:
-    return any(name == KEY_HEADER for name, _ in headers)
 
 
 def _rid(body: bytes) -> str:
