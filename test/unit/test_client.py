@@ -118,7 +118,6 @@ class Service:
     async def serve(self, ready: threading.Event, stop: asyncio.Event) -> None:
         config = uvicorn.Config(self.app, port=0, log_level="error", lifespan="off", loop="asyncio", interface="asgi3")
         server = uvicorn.Server(config)
-        server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
         serving = asyncio.create_task(server._serve())
         while not server.started:
             await asyncio.sleep(0.01)

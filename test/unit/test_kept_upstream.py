@@ -18,6 +18,7 @@ import pytest
 from upstream_app import REGULAR_END, REQUESTS, StubManager, serving
 
 from asgi_exchange import Exchange, id_of
+from sglang_kevlar.frontend.kept import registry
 from sglang_kevlar.frontend.kept.progress import RunRequest
 from sglang_kevlar.frontend.kept.registry import KeptRuns
 
@@ -165,7 +166,7 @@ def body_of(case: str, stream: bool) -> bytes:
     return json.dumps({**CASES[case][1], "rid": "r", "stream": stream}).encode()
 
 
-def serve(manager: StubManager, requests: Any, recorder: Any = None, memory: int = 1 << 24) -> Any:
+def serve(manager: StubManager, requests: Any, recorder: Any = None, retention: float = 60.0) -> Any:
     """Runs ``requests(app, runs)`` on upstream's app."""
 
     async def run(app: Any, runs: KeptRuns) -> Any:
@@ -175,7 +176,7 @@ def serve(manager: StubManager, requests: Any, recorder: Any = None, memory: int
             for left in list(runs._runs.values()):
                 left.abandon()
 
-    runs = KeptRuns(60, memory, recorder)
+    runs = KeptRuns(retention, 1 << 24, recorder)
     manager.config = {"tool_call_parser": "qwen25", "reasoning_parser": "qwen3"}
     with serving(manager, runs) as app:
         return asyncio.run(run(app, runs))
@@ -241,6 +242,81 @@ def test_cut_anywhere_each_endpoint_gives_every_event_once(case: str, seed: int)
     end = REGULAR_END.get(CASES[case][0], "[DONE]")
     assert end.encode() in got[-1]
     assert len(manager.rids) == 1
+
+
+class Silent(StubManager):
+    """Says a word, and then nothing any more."""
+
+    closed = 0
+
+    async def outputs(self, obj: Any, outcome: Any) -> AsyncGenerator[Any]:
+        try:
+            outcome.first_token = True
+            if obj.stream:
+                yield self._output(1, None)
+            await asyncio.Event().wait()
+        finally:
+            self.closed += 1
+
+
+@pytest.mark.parametrize("path", REQUESTS)
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_endpoint_that_nobody_comes_back_for_is_ended(
+    path: str, stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each by the way it deals with a client that leaves; or, where the stub has no such way, in the end by force."""
+    monkeypatch.setattr(registry, "ABORT_GRACE", 0.2)
+
+    async def leave(app: Any, runs: KeptRuns) -> None:
+        exchange = post(app, path, stream)
+        if stream:
+            await exchange.until(lambda e: b"Hello" in e.body)
+        else:
+            await asyncio.sleep(0.1)
+        await exchange.leave()
+        async with asyncio.timeout(20):
+            while not manager.closed or runs._runs:
+                await asyncio.sleep(0.05)
+        assert runs.requests.used == 0
+        assert (await post(app, path, stream).end()).status == 410
+
+    manager = Silent()
+    serve(manager, leave, retention=0.1)
+    assert manager.closed == 1
+
+
+class Broken(Recording):
+    """A record that does not take what it is given, from the ``fails``-th on."""
+
+    def __init__(self, fails: int) -> None:
+        super().__init__()
+        self.fails = fails
+
+    async def begin(self, request: RunRequest) -> Recording:
+        if self.fails == 0:
+            raise OSError("no peer")
+        return await super().begin(request)
+
+    async def output(self, output: Any) -> None:
+        await super().output(output)
+        if len(self.outputs) == self.fails:
+            raise OSError("no peer")
+
+
+@pytest.mark.parametrize("fails", [0, 1, 3])
+def test_what_is_not_recorded_does_not_go_out(fails: int) -> None:
+    async def requests(app: Any, runs: KeptRuns) -> Exchange:
+        exchange = post(app, "/v1/chat/completions")
+        await asyncio.wait([exchange.task])
+        return exchange
+
+    record = Broken(fails)
+    exchange = serve(Speaker(["Hello" + " so" * 20 + " end"], 1), requests, record)
+    if fails < 2:
+        assert exchange.status == 500 and b"Hello" not in exchange.body
+    else:
+        assert exchange.task.exception() is not None and not exchange.complete and b"end" not in exchange.body
+    assert record.ends == (1 if fails else 0)
 
 
 def test_the_engines_request_has_the_id_of_the_http_request() -> None:
