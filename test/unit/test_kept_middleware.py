@@ -143,6 +143,17 @@ def test_rids_that_cannot_name_a_kept_request(rid: str) -> None:
     play(test)
 
 
+@pytest.mark.parametrize("body", [b"", b"\xff", b"[1]", b'{"rid": 1}', b"[" * 100_000])
+def test_what_is_no_request_is_the_endpoints_to_refuse(body: bytes) -> None:
+    async def test(world: World) -> None:
+        exchange = world.post(body)
+        world.put("a", None)
+        await asyncio.wait([exchange.task])
+        assert world.started == 1 and exchange.status in (200, 500)
+
+    play(test)
+
+
 def test_a_rid_is_one_request() -> None:
     async def test(world: World) -> None:
         first = world.post(b'{"rid": "r"}')

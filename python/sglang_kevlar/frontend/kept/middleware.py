@@ -19,7 +19,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from sglang_kevlar.control.kept_requests import NO_ROOM, Gone, NoRoom, RidTaken
+from sglang_kevlar.control.kept_requests import NO_ROOM, REQUEST_OVERHEAD, Gone, NoRoom, RidTaken
 from sglang_kevlar.frontend.framing import error_body, framing_of
 from sglang_kevlar.frontend.kept.events import RID, BadId, parse_id
 from sglang_kevlar.frontend.kept.registry import KeptRuns
@@ -116,7 +116,7 @@ class KeptMiddleware:
                 if message["type"] != "http.request":
                     return False
                 piece = message.get("body", b"")
-                if body.size + len(piece) > requests.memory:
+                if body.size + len(piece) > requests.memory - REQUEST_OVERHEAD:
                     raise Refused(413, "the request is larger than --stream-memory: send it without Idempotency-Key")
                 if keep and not requests.reserve(len(piece)):
                     raise Refused(503, f"cannot keep this request: {NO_ROOM}", RETRY_AFTER)
@@ -188,7 +188,7 @@ def _rid(body: bytes) -> str:
     """The id that the client chose, or a new one. Raises Refused. What is no JSON is for the endpoint to refuse."""
     try:
         request = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         request = None
     rid = request.get("rid") if isinstance(request, dict) else None
     if not isinstance(rid, str):
