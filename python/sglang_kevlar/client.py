@@ -73,6 +73,7 @@ class _Exchange:
         self._headers.setdefault("Idempotency-Key", uuid.uuid4().hex)
         # Compressed by a proxy, events could not be told apart.
         self._headers["Accept-Encoding"] = "identity"
+        self._headers.pop("Transfer-Encoding", None)  # the body is known by now
         self._server = 0
         #: the server that began the response
         self._origin: int | None = None
@@ -83,7 +84,8 @@ class _Exchange:
         self._partial = b""
         self._delivered = 0
         self._to_skip = 0
-        self._progressed()
+        self._attempts = 0
+        self._failing_since = 0.0
 
     def request(self) -> httpx.Request:
         url, headers = self._original.url, self._headers
@@ -116,7 +118,7 @@ class _Exchange:
             self.rid = rid
             self._events = response.headers.get("Content-Type", "").startswith("text/event-stream")
             self._origin = self._server
-            self._progressed()
+            self._attempts = 0
         return None
 
     def resumed(self, response: httpx.Response, message: str) -> float | None:
@@ -146,7 +148,7 @@ class _Exchange:
             self._last_id = _last_id(new) or self._last_id
         if new:
             self._delivered += len(new)
-            self._progressed()
+            self._attempts = 0
         return new
 
     def rest(self) -> bytes:
@@ -154,13 +156,11 @@ class _Exchange:
         rest, self._partial = self._partial, b""
         return rest
 
-    def _progressed(self) -> None:
-        self._attempts = 0
-        self._since = time.monotonic()
-
     def _next(self, retry_after: str | None) -> float | None:
         """Turns to the next server. Seconds until the next attempt, None when it is one too many."""
-        options = self._options
+        options, now = self._options, time.monotonic()
+        if self._attempts == 0:
+            self._failing_since = now
         self._attempts += 1
         delay = min(options.backoff_max, options.backoff * 2 ** (self._attempts - 1)) * random.uniform(0.5, 1)
         if self._attempts == 1 and self._origin is not None:
@@ -169,7 +169,7 @@ class _Exchange:
             self._server = (self._server + 1) % len(options.base_urls)
         if retry_after is not None and retry_after.isdigit() and len(options.base_urls) < 2:
             delay = max(delay, float(retry_after))
-        if self._attempts >= options.attempts or time.monotonic() + delay - self._since > options.patience:
+        if self._attempts >= options.attempts or now + delay - self._failing_since > options.patience:
             return None
         return delay
 
@@ -177,8 +177,8 @@ class _Exchange:
 class ResumingTransport(httpx.BaseTransport):
     """``base_urls``: servers to turn to in turn, in place of the scheme, host and port of each request.
 
-    Gives up after ``attempts`` in a row, or ``patience`` seconds, in which nothing arrived; the error is then the last
-    one. Between them it waits ``backoff`` seconds and more, as long as ``Retry-After`` says where there is one server.
+    Gives up after ``attempts`` in a row, or ``patience`` seconds of them, that brought nothing; the error is the last
+    one's. Between them it waits ``backoff`` seconds and more; with one server, as long as ``Retry-After`` says.
     """
 
     def __init__(

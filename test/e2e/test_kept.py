@@ -20,7 +20,7 @@ from sglang_kevlar.client import ResumingTransport
 
 FLAGS = (
     "--stream-retention",
-    "4",
+    "10",
     "--enable-metrics",
     "--chunked-prefill-size",
     "256",
@@ -150,37 +150,39 @@ def test_the_same_request_twice_at_once_runs_once(server: Server) -> None:
             assert response.status_code == 200
             return response.headers["x-kevlar-request-id"], list(response.iter_lines())
 
-    before = requests_total(server)
+    before = counted(server, "num_requests_total")
     with ThreadPoolExecutor(3) as pool:
         answers = list(pool.map(lambda _: events(), range(3)))
     assert answers[0] == answers[1] == answers[2]
     rid, lines = answers[0]
     assert lines[0].startswith(f"id: {rid}:") and "data: [DONE]" in lines
-    assert requests_total(server) == before + 1
+    assert counted(server, "num_requests_total") == before + 1
     state = httpx.get(f"{server.url}/kevlar/requests/{rid}").json()
     assert (state["state"], state["tokens"], state["clients"]) == ("ended", 400, 0)
 
 
-def requests_total(server: Server) -> float:
-    """Requests that the engine has finished."""
+def counted(server: Server, name: str) -> float:
+    """One of upstream's counters, over all its labels."""
     metrics = httpx.get(f"{server.url}/metrics", timeout=30).text
-    lines = [line for line in metrics.splitlines() if line.startswith("sglang:num_requests_total{")]
+    lines = [line for line in metrics.splitlines() if line.startswith(f"sglang:{name}{{")]
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
 
 
 @pytest.mark.timeout(300)
 def test_what_nobody_comes_back_for_is_aborted(server: Server) -> None:
     server.wait_ready()
-    with streamed(server, "left", 3000) as response:
+    aborted = counted(server, "num_aborted_requests_total")
+    with streamed(server, "left", 20_000) as response:
         rid = response.headers["x-kevlar-request-id"]
         next(response.iter_lines())
     state = httpx.get(f"{server.url}/kevlar/requests/{rid}").json()
     assert state["state"] == "running" and state["expires_in_s"] is not None
     assert any(group["running"] for group in server.status()["groups"])
     server.wait(lambda s: s["kept"]["running"] == 0 and not any(g["running"] for g in s["groups"]), "abort", 60)
+    assert counted(server, "num_aborted_requests_total") == aborted + 1
     gone = httpx.get(f"{server.url}/kevlar/requests/{rid}/stream")
     assert gone.status_code == 410 and "--stream-retention" in gone.json()["error"]["message"]
-    with streamed(server, "left", 3000) as again:
+    with streamed(server, "left", 20_000) as again:
         assert again.status_code == 410
 
 
@@ -188,7 +190,7 @@ def test_what_nobody_comes_back_for_is_aborted(server: Server) -> None:
 def test_a_shutdown_lets_clients_finish_and_does_not_wait_for_those_that_left(server: Server) -> None:
     """The last test: the server is gone after it."""
     server.wait_ready()
-    with streamed(server, "goes", 3000) as response:
+    with streamed(server, "goes", 20_000) as response:
         assert response.status_code == 200
     with streamed(server, "stays", 600) as response:
         lines = response.iter_lines()

@@ -118,7 +118,6 @@ class Service:
     async def serve(self, ready: threading.Event, stop: asyncio.Event) -> None:
         config = uvicorn.Config(self.app, port=0, log_level="error", lifespan="off", loop="asyncio", interface="asgi3")
         server = uvicorn.Server(config)
-        server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
         serving = asyncio.create_task(server._serve())
         while not server.started:
             await asyncio.sleep(0.01)
@@ -313,16 +312,17 @@ def test_a_server_that_keeps_nothing_is_passed_through() -> None:
             raise httpx.ReadError("cut")
 
     def handle(request: httpx.Request) -> httpx.Response:
-        assert request.headers["idempotency-key"] == "mine"
+        assert request.headers["idempotency-key"] == "mine" and request.read() == b"{}"
+        assert request.headers["content-length"] == "2" and "transfer-encoding" not in request.headers
         got = answers.pop(0)
         if isinstance(got, Exception):
             raise got
         return got or httpx.Response(200, headers={"content-type": "text/event-stream"}, stream=Cut())
 
-    got = []
+    got, key = [], {"Idempotency-Key": "mine"}
     with httpx.Client(transport=ResumingTransport(httpx.MockTransport(handle), **FAST)) as client:
         with pytest.raises(httpx.ReadError, match="cut"):
-            with client.stream("POST", "http://x/generate", headers={"Idempotency-Key": "mine"}) as response:
+            with client.stream("POST", "http://x/generate", content=iter([b"{", b"}"]), headers=key) as response:
                 for chunk in response.iter_raw():
                     got.append(chunk)
     assert got == [b"data: a\n\n"] and not answers

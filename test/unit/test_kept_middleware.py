@@ -1,128 +1,21 @@
-"""Kept requests over a small endpoint of our own: runs, readers, keys, ids, bounds, and the end of all that."""
+"""Kept requests over a small endpoint of our own: runs, readers, keys, ids, and failures."""
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi import Request
+from fastapi.responses import StreamingResponse
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from starlette.middleware import Middleware
+from kept_world import KEY, World, events, play, until
 
-from asgi_exchange import Exchange, id_of
-from sglang_kevlar.control.kept_requests import MOST_REQUESTS, REQUEST_OVERHEAD
-from sglang_kevlar.frontend.kept import endpoints
-from sglang_kevlar.frontend.kept import run as run_module
-from sglang_kevlar.frontend.kept.middleware import KeptMiddleware
-from sglang_kevlar.frontend.kept.registry import KeptRuns
-from sglang_kevlar.frontend.kept.run import Run
-from sglang_kevlar.frontend.middleware import OutcomeMiddleware
+from asgi_exchange import id_of
 from sglang_kevlar.frontend.outcome import Failure, outcome_of
-
-KEY = {"Idempotency-Key": "k"}
-MIB = 1 << 20
-
-
-class World:
-    """An endpoint ``/generate`` that streams what it is given with `put`, and the app around it."""
-
-    def __init__(self, retention: float = 60.0, memory: int = MIB) -> None:
-        self.runs = KeptRuns(retention, memory)
-        self.started = 0
-        self.aborted = 0
-        self.ended = 0
-        self.queue: asyncio.Queue[Any] = asyncio.Queue()
-        #: events that the endpoint got rid of
-        self.taken = 0
-        self.app = FastAPI()
-        self.app.user_middleware.append(
-            Middleware(KeptMiddleware, runs=self.runs, routes=[self._route("/generate", self._generate)])
-        )
-        self.app.user_middleware.append(Middleware(OutcomeMiddleware))
-        endpoints.install(self.app, self.runs)
-
-    def _route(self, path: str, endpoint: Any) -> Any:
-        self.app.add_api_route(path, endpoint, methods=["POST"])
-        return self.app.router.routes[-1]
-
-    async def _generate(self, request: Request) -> Any:
-        self.started += 1
-        body = await request.json()
-        outcome = outcome_of(request)
-        assert outcome is not None
-        if not body.get("stream", True):
-            output = await self.queue.get()
-            outcome.first_token = True
-            return JSONResponse({"text": output}, headers={"x-own": "1"})
-        return StreamingResponse(self._events(request, outcome), media_type=body.get("type", "text/event-stream"))
-
-    async def _outputs(self) -> Any:
-        while (item := await self.queue.get()) is not None:
-            yield item
-
-    async def _events(self, request: Request, outcome: Any) -> Any:
-        try:
-            outputs = self._outputs()
-            tokens = 0
-            async for item in outcome.kept.watch(self._counted(outputs)) if outcome.kept else self._counted(outputs):
-                outcome.first_token = True
-                if isinstance(item["value"], Failure):
-                    outcome.fail(item["value"])
-                elif isinstance(item["value"], Exception):
-                    raise item["value"]
-                tokens += 1
-                for part in range(1 + tokens % 2):
-                    yield f"data: {item['value']} {part}\n\n"
-                    self.taken += 1
-            yield "data: [DONE]\n\n"
-            self.ended += 1
-        except BaseException:
-            self.aborted += 1
-            raise
-
-    async def _counted(self, outputs: Any) -> Any:
-        tokens = 0
-        async for value in outputs:
-            tokens += 1
-            yield {"value": value, "meta_info": {"completion_tokens": tokens}}
-
-    def put(self, *items: Any) -> None:
-        for item in items:
-            self.queue.put_nowait(item)
-
-    def post(self, body: bytes = b"{}", headers: dict[str, str] = KEY, read: int | None = None) -> Exchange:
-        return Exchange(self.app, "POST", "/generate", body, headers, read)
-
-    def closed(self) -> bool:
-        """Whether request r runs and cannot be taken up."""
-        run = self.runs.find_rid("", "r")
-        return isinstance(run, Run) and run.kept.closed is not None
-
-    def get(self, path: str, **headers: str) -> Exchange:
-        return Exchange(
-            self.app, "GET", f"/kevlar/requests/{path}", b"", {k.replace("_", "-"): v for k, v in headers.items()}
-        )
-
-
-def play(test: Callable[[World], Coroutine[Any, Any, None]], **bounds: Any) -> None:
-    async def run() -> None:
-        world = World(**bounds)
-        try:
-            await asyncio.wait_for(test(world), 30)
-        finally:
-            for run in list(world.runs._runs.values()):
-                run.abandon()
-
-    asyncio.run(run())
-
-
-def events(count: int) -> Callable[[Exchange], bool]:
-    return lambda exchange: len(exchange.events) >= count
+from sglang_kevlar.platform import torchvision_shim
 
 
 def test_without_the_header_nothing_is_kept() -> None:
@@ -250,6 +143,17 @@ def test_rids_that_cannot_name_a_kept_request(rid: str) -> None:
     play(test)
 
 
+@pytest.mark.parametrize("body", [b"", b"\xff", b"[1]", b'{"rid": 1}', b"[" * 100_000])
+def test_what_is_no_request_is_the_endpoints_to_refuse(body: bytes) -> None:
+    async def test(world: World) -> None:
+        exchange = world.post(body)
+        world.put("a", None)
+        await asyncio.wait([exchange.task])
+        assert world.started == 1 and exchange.status in (200, 500)
+
+    play(test)
+
+
 def test_a_rid_is_one_request() -> None:
     async def test(world: World) -> None:
         first = world.post(b'{"rid": "r"}')
@@ -369,45 +273,22 @@ def test_requests_are_their_principals() -> None:
     play(test)
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
-        while not condition():
-            await asyncio.sleep(0.01)
-
-
-def test_what_nobody_comes_back_for_is_aborted() -> None:
+def test_servers_keys_are_asked_for_first() -> None:
     async def test(world: World) -> None:
-        first = world.post(b'{"rid": "r"}')
-        world.put("a")
-        await first.until(events(1))
-        await asyncio.sleep(0.3)
-        assert world.aborted == 0  # as long as its client is there
-        await first.leave()
-        await until(lambda: world.aborted == 1)
-        for gone in (world.get("r"), world.get("r/stream"), world.post(b'{"rid": "r"}')):
-            await gone.end()
-            assert gone.status == 410 and "--stream-retention" in gone.message
-        assert world.started == 1 and world.runs.requests.used == 0
+        torchvision_shim.install()
+        from sglang.srt.utils.auth import add_api_key_middleware
 
-    play(test, retention=0.1)
-
-
-def test_what_has_ended_is_kept_for_the_retention() -> None:
-    async def test(world: World) -> None:
+        add_api_key_middleware(world.app, api_key="user", admin_api_key=None)
         world.put("a", None)
-        await world.post(b'{"rid": "r"}').end()
-        assert (await world.get("r").end()).status == 200
-        await until(lambda: len(world.runs.requests) == 0)
-        assert (await world.get("r").end()).status == 410
-        assert world.aborted == 0 and world.runs.requests.used == 0
-
-    play(test, retention=0.6)
-
-
-def test_a_shutdown_does_not_wait_the_retention_out() -> None:
-    async def test(world: World) -> None:
-        world.runs.drain()
-        assert world.runs.requests.retention == 5.0
+        right, wrong = {"Authorization": "Bearer user"}, {"Authorization": "Bearer other"}
+        first = await world.post(b'{"rid": "r"}', {**KEY, **right}).end()
+        assert first.status == 200
+        for headers in ({}, wrong):
+            for path in ("r", "r/stream"):
+                assert (await world.get(path, **headers).end()).status == 401
+            assert (await world.post(b'{"rid": "r"}', {**KEY, **headers}).end()).status == 401
+        assert (await world.get("r/stream", **right).end()).body == first.body
+        assert world.started == 1
 
     play(test)
 
@@ -461,127 +342,6 @@ def test_an_endpoint_that_breaks_off_breaks_its_clients_responses_off() -> None:
         gone = await world.post(b'{"rid": "r"}').end()
         assert gone.status == 410 and "broke off" in gone.message
 
-    play(test)
-
-
-def test_a_slow_client_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_module, "PIECE", 1)
-
-    async def test(world: World) -> None:
-        slow, fast = world.post(read=1), world.post()
-        for i in range(100):
-            world.put(i)
-        world.put(None)
-        await fast.end()
-        assert len(slow.events) <= 1 and not slow.task.done()
-        slow.read(1000)
-        await slow.end()
-        assert slow.body == fast.body
-
-    play(test)
-
-
-def test_a_client_that_stopped_reading_does_not_hold_an_ended_log_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_module, "PIECE", 1)
-
-    async def test(world: World) -> None:
-        slow = world.post(b'{"rid": "r"}', read=1)
-        world.put("a", "b", None)
-        await until(lambda: world.ended == 1 and len(world.runs.requests) == 0)
-        assert world.runs.requests.used == 0
-        slow.read(10)
-        with pytest.raises(Exception, match="r: it was kept"):
-            await slow.end()
-        assert not slow.complete
-
-    play(test, retention=0.3)
-
-
-BIG = "x" * 20_000
-
-
-def test_ended_logs_make_room_oldest_first() -> None:
-    async def test(world: World) -> None:
-        for key in "abcdefgh":
-            world.put(BIG, None)
-            await world.post(b'{"rid": "%s"}' % key.encode(), {"Idempotency-Key": key}).end()
-        states = [(await world.get(f"{key}").end()).status for key in "abcdefgh"]
-        assert states == sorted(states, reverse=True) and 410 in states and 200 in states
-        assert "--stream-memory" in (await world.get("a").end()).message
-        assert world.runs.requests.used <= 200_000
-
-    play(test, memory=200_000)
-
-
-def test_a_running_request_whose_log_does_not_fit_goes_on_and_cannot_be_taken_up() -> None:
-    async def test(world: World) -> None:
-        fast, slow = world.post(b'{"rid": "r"}'), world.post(b'{"rid": "r"}', read=0)
-        for i in range(40):
-            world.put(f"{i} {BIG}")
-        world.put(None)
-        await until(world.closed)
-        late = await world.post(b'{"rid": "r"}').end()
-        assert late.status == 410 and "--stream-memory" in late.message
-        new = await world.post(headers={"Idempotency-Key": "new"}).end()
-        assert new.status == 503 and new.headers["retry-after"] and "--stream-memory" in new.message
-        # It waits for its slowest client, and so holds no more than what is on its way.
-        assert world.runs.requests.used < 250_000 and not slow.task.done()
-        before = world.taken
-        await asyncio.sleep(0.05)
-        assert world.taken == before
-        slow.read(1000)
-        await fast.end()
-        await slow.end()
-        assert fast.complete and slow.body == fast.body
-        assert [id_of(event) for event in fast.events] == sorted(
-            fast.ids, key=lambda i: tuple(map(int, i[2:].split(".")))
-        )
-        await until(lambda: len(world.runs.requests) == 0)
-        assert world.runs.requests.used == 0
-
-    play(test, memory=100_000)
-
-
-def test_one_that_is_closed_ends_with_its_last_client() -> None:
-    async def test(world: World) -> None:
-        first = world.post(b'{"rid": "r"}')
-        for i in range(10):
-            world.put(f"{i} {BIG}")
-        await until(world.closed)
-        await first.leave()
-        world.put(*range(10))
-        await until(lambda: world.aborted == 1 and len(world.runs.requests) == 0)
-        assert world.runs.requests.used == 0
-
-    play(test, memory=100_000)
-
-
-def test_bodies_are_bounded() -> None:
-    async def test(world: World) -> None:
-        large = await world.post(b"x" * 100_001).end()
-        assert large.status == 413 and "--stream-memory" in large.message
-        full = await world.post(b"x" * 99_000).end()
-        assert full.status == 503
-        assert world.started == 0 and world.runs.requests.used == 0
-
-    play(test, memory=100_000)
-
-
-def test_their_number_is_bounded() -> None:
-    async def test(world: World) -> None:
-        world.runs.requests._most = 3
-        running = []
-        for key in "abc":
-            running.append(world.post(headers={"Idempotency-Key": key}))
-        await until(lambda: world.started == 3)
-        full = await world.post(headers={"Idempotency-Key": "d"}).end()
-        assert full.status == 503 and "3 requests" in full.message
-        world.put("x", None, "x", None, "x", None)
-        await running[0].end()
-        world.put("y", None)
-        assert (await world.post(headers={"Idempotency-Key": "e"}).end()).status == 200
-
-    assert MOST_REQUESTS * REQUEST_OVERHEAD <= 256 * MIB
     play(test)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import random
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sglang_kevlar.control.event_delta import decode, encode
 from sglang_kevlar.control.event_log import EVENT_OVERHEAD, Discarded, EventLog, Position
 from sglang_kevlar.control.kept_requests import REQUEST_OVERHEAD, Gone, Kept, KeptRequests, NoRoom, RidTaken
 from sglang_kevlar.frontend.kept.events import BadId, Splitter, parse_id, parse_position, with_id
@@ -48,9 +51,11 @@ def test_what_is_discarded_cannot_be_read() -> None:
     assert log.behind(Position(1, 0)) == 3 and log.end == 3 and log.size == 1 + EVENT_OVERHEAD
 
 
-@given(
-    st.lists(st.binary(max_size=9).filter(lambda b: b"\n\n" not in b and not b.endswith(b"\n")), max_size=6), st.data()
-)
+EVENTS = st.binary(max_size=9).filter(lambda event: b"\n\n" not in event and not event.endswith(b"\n"))
+
+
+@settings(deadline=None)
+@given(st.lists(EVENTS, max_size=6), st.data())
 def test_events_are_whole_however_they_are_sent(events: list[bytes], data: Any) -> None:
     stream = b"".join(event + b"\n\n" for event in events)
     splitter, got, start = Splitter(), [], 0
@@ -69,6 +74,49 @@ def test_ids() -> None:
     for bad in ("b:7.2", "a:b:", "a:b", "a:b:7.", "a:b:7.2.1", "a:b:-7", "a:b:\u0667", ""):
         with pytest.raises(BadId):
             parse_id(bad, "a:b")
+
+
+# ---- long events
+
+
+def cumulative(tokens: int, chance: random.Random) -> bytes:
+    """As SGLang's native streams are: everything so far, in every event."""
+    text = "".join(f"w{i * 7919 % 1000} " for i in range(tokens))
+    meta = {"id": "r", "prompt_tokens": 3, "completion_tokens": tokens, "e2e_latency": chance.random()}
+    meta["output_token_logprobs"] = [(-0.001 * i, i, None) for i in range(tokens)]
+    body = {"text": text, "output_ids": [i * 31 for i in range(tokens)], "meta_info": meta}
+    return f"id: r:{tokens}.0\ndata: {json.dumps(body)}\n\n".encode()
+
+
+@settings(deadline=None)
+@given(st.binary(max_size=300), st.lists(st.tuples(st.integers(0, 300), st.integers(0, 40), st.binary(max_size=40))))
+def test_a_delta_is_what_it_was_made_of(old: bytes, edits: list[tuple[int, int, bytes]]) -> None:
+    old, new = old * 5, old * 5
+    for at, cut, put in edits:
+        new = new[:at] + put + new[at + cut :]
+    delta = encode(old, new)
+    assert delta is None or (decode(old, delta) == new and 2 * len(delta) <= len(new))
+
+
+def test_streams_that_repeat_themselves_take_memory_by_their_length() -> None:
+    chance = random.Random(1)
+    events = [cumulative(tokens, chance) for tokens in range(1, 1000)]
+    log = EventLog()
+    for number, event in enumerate(events):
+        log.append(event, Position(number, 0))
+    assert log.size < sum(map(len, events)) / 15
+    assert log.read(0, 1 << 40) == (b"".join(events), 999)
+    for index in (0, 1, 31, 32, 33, 500, 997, 998):
+        assert log.read(index, 1) == (events[index], index + 1)
+        assert log.read(index, 200_000)[0] == b"".join(events[index : log.read(index, 200_000)[1]])
+    size = log.size
+    for index in (1, 30, 64, 100, 998, 999):
+        size -= log.discard(index)
+        assert log.size == size
+        assert log.read(index, 1 << 40) == (b"".join(events[index:]), 999)
+    assert log.size == 0
+    log.append(events[3], Position(1000, 0))
+    assert log.read(999, 1) == (events[3], 1000)
 
 
 # ---- the requests
@@ -156,7 +204,7 @@ def test_number_is_bounded_also_of_those_that_are_gone() -> None:
 OPERATIONS = ("add", "event", "attach", "detach", "end", "forget", "drop", "expire", "discard", "body", "reserve")
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(OPERATIONS), st.integers(0, 9), st.integers(0, 3000)), max_size=80))
 def test_what_is_counted_is_what_is_there(steps: list[tuple[str, int, int]]) -> None:
     requests = KeptRequests(retention=5, memory=60_000, most=6)

@@ -18,8 +18,10 @@ import pytest
 from upstream_app import REGULAR_END, REQUESTS, StubManager, serving
 
 from asgi_exchange import Exchange, id_of
-from sglang_kevlar.frontend.kept.progress import RunRequest
+from sglang_kevlar.control.lineage import Lineage
+from sglang_kevlar.frontend.kept import registry
 from sglang_kevlar.frontend.kept.registry import KeptRuns
+from sglang_kevlar.protocol.records import HttpRequest
 
 KEY = {"Idempotency-Key": "k"}
 SSE = [path for path in REQUESTS if not path.startswith("/api")]
@@ -107,10 +109,18 @@ class Speaker(StubManager):
                     said[index] = min(len(text), said[index] + step)
             outcome.first_token = True
             if obj.stream:
-                yield self._say(obj, index, text[: said[index]], tokens[index], said[index] == len(text))
+                yield self._told(
+                    outcome, self._say(obj, index, text[: said[index]], tokens[index], said[index] == len(text))
+                )
         if not obj.stream:
             answers = [self._say(obj, i, text, tokens[i], True) for i, text in enumerate(self.texts)]
-            yield answers if len(answers) > 1 else answers[0]
+            yield self._told(outcome, answers if len(answers) > 1 else answers[0])
+
+    @staticmethod
+    def _told(outcome: Any, output: Any) -> Any:
+        if outcome.kept is not None:
+            outcome.kept.messages.append(pickle.dumps(output))
+        return output
 
     def _say(self, obj: Any, index: int, text: str, tokens: list[Any], finished: bool) -> dict[str, Any]:
         output = self._output(len(tokens), {"type": "stop", "matched": None} if finished else None)
@@ -141,31 +151,36 @@ class Replayer(StubManager):
 
 
 class Recording:
-    """Recorder and record of one run."""
+    """Recorder and record of one run. The messages of this manager are whole outputs."""
 
     def __init__(self) -> None:
-        self.request: RunRequest | None = None
+        self.request: HttpRequest | None = None
         self.outputs: list[bytes] = []
         self.ends = 0
+        self.lineage = Lineage("t")
 
-    async def begin(self, request: RunRequest) -> Recording:
-        assert self.request is None
+    def begin(self, rid: str, identity: Any, lineage: Any, request: HttpRequest) -> Recording:
+        assert self.request is None and lineage is None
         self.request = request
         return self
 
-    async def output(self, output: Any) -> None:
-        self.outputs.append(pickle.dumps(output))
+    async def output(self, messages: list[bytes], offset: int) -> None:
+        self.outputs += messages
         await asyncio.sleep(0)
 
-    async def end(self) -> None:
+    def end(self, failure: Any) -> None:
+        assert failure is None
         self.ends += 1
+
+    def drop(self, why: str) -> None:
+        pass
 
 
 def body_of(case: str, stream: bool) -> bytes:
     return json.dumps({**CASES[case][1], "rid": "r", "stream": stream}).encode()
 
 
-def serve(manager: StubManager, requests: Any, recorder: Any = None, memory: int = 1 << 24) -> Any:
+def serve(manager: StubManager, requests: Any, recorder: Any = None, retention: float = 60.0) -> Any:
     """Runs ``requests(app, runs)`` on upstream's app."""
 
     async def run(app: Any, runs: KeptRuns) -> Any:
@@ -175,7 +190,7 @@ def serve(manager: StubManager, requests: Any, recorder: Any = None, memory: int
             for left in list(runs._runs.values()):
                 left.abandon()
 
-    runs = KeptRuns(60, memory, recorder)
+    runs = KeptRuns(retention, 1 << 24, recorder)
     manager.config = {"tool_call_parser": "qwen25", "reasoning_parser": "qwen3"}
     with serving(manager, runs) as app:
         return asyncio.run(run(app, runs))
@@ -209,11 +224,11 @@ def test_an_endpoint_run_again_over_the_same_outputs_sends_the_same_events(case:
     assert first.status == 200 and first.complete, first.body
     assert record.request is not None and record.request.body == body_of(case, stream)
     assert record.ends == 1 and record.outputs
-    again = serve(Replayer(record.outputs), once)
+    again = serve(Replayer(record.outputs), once, Recording())
     assert timeless(again.body) == timeless(first.body)
     if stream and case not in ("/api/chat", "/api/generate"):
         assert len(first.ids) == len(set(first.ids)) > 2
-        positions = [tuple(map(int, event_id.removeprefix("r:").split("."))) for event_id in first.ids]
+        positions = [tuple(map(int, each.removeprefix("r:").removesuffix("~t").split("."))) for each in first.ids]
         assert positions == sorted(positions)
 
 
@@ -241,6 +256,76 @@ def test_cut_anywhere_each_endpoint_gives_every_event_once(case: str, seed: int)
     end = REGULAR_END.get(CASES[case][0], "[DONE]")
     assert end.encode() in got[-1]
     assert len(manager.rids) == 1
+
+
+class Silent(StubManager):
+    """Says a word, and then nothing any more."""
+
+    closed = 0
+
+    async def outputs(self, obj: Any, outcome: Any) -> AsyncGenerator[Any]:
+        try:
+            outcome.first_token = True
+            if obj.stream:
+                yield self._output(1, None)
+            await asyncio.Event().wait()
+        finally:
+            self.closed += 1
+
+
+@pytest.mark.parametrize("path", REQUESTS)
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_endpoint_that_nobody_comes_back_for_is_ended(
+    path: str, stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each by the way it deals with a client that leaves; or, where the stub has no such way, in the end by force."""
+    monkeypatch.setattr(registry, "ABORT_GRACE", 0.2)
+
+    async def leave(app: Any, runs: KeptRuns) -> None:
+        exchange = post(app, path, stream)
+        if stream:
+            await exchange.until(lambda e: b"Hello" in e.body)
+        else:
+            await asyncio.sleep(0.1)
+        await exchange.leave()
+        async with asyncio.timeout(20):
+            while not manager.closed or runs._runs:
+                await asyncio.sleep(0.05)
+        assert runs.requests.used == 0
+        assert (await post(app, path, stream).end()).status == 410
+
+    manager = Silent()
+    serve(manager, leave, retention=0.1)
+    assert manager.closed == 1
+
+
+class Broken(Recording):
+    """A record that does not take what it is given, from the ``fails``-th on."""
+
+    def __init__(self, fails: int) -> None:
+        super().__init__()
+        self.fails = fails
+
+    async def output(self, messages: list[bytes], offset: int) -> None:
+        await super().output(messages, offset)
+        if len(self.outputs) == self.fails:
+            raise OSError("no peer")
+
+
+@pytest.mark.parametrize("fails", [1, 3])
+def test_what_is_not_recorded_does_not_go_out(fails: int) -> None:
+    async def requests(app: Any, runs: KeptRuns) -> Exchange:
+        exchange = post(app, "/v1/chat/completions")
+        await asyncio.wait([exchange.task])
+        return exchange
+
+    record = Broken(fails)
+    exchange = serve(Speaker(["Hello" + " so" * 20 + " end"], 1), requests, record)
+    if fails < 2:
+        assert exchange.status == 500 and b"Hello" not in exchange.body
+    else:
+        assert exchange.task.exception() is not None and not exchange.complete and b"end" not in exchange.body
+    assert record.ends == 1
 
 
 def test_the_engines_request_has_the_id_of_the_http_request() -> None:

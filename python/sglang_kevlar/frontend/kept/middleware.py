@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from http import HTTPStatus
 
 from starlette.datastructures import Headers
@@ -19,7 +19,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from sglang_kevlar.control.kept_requests import NO_ROOM, Gone, NoRoom, RidTaken
+from sglang_kevlar.control.kept_requests import NO_ROOM, REQUEST_OVERHEAD, Gone, NoRoom, RidTaken
 from sglang_kevlar.frontend.framing import error_body, framing_of
 from sglang_kevlar.frontend.kept.elsewhere import Elsewhere
 from sglang_kevlar.frontend.kept.events import RID, BadId, digest_of, parse_id
@@ -48,7 +48,7 @@ class KeptMiddleware:
         self._routes = routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not _has_key(scope["headers"]) or scope["method"] != "POST":
+        if scope["type"] != "http" or scope["method"] != "POST" or KEY_HEADER not in dict(scope["headers"]):
             await self.app(scope, receive, send)
             return
         endpoint = self._endpoint(scope)
@@ -134,7 +134,7 @@ class KeptMiddleware:
                 if message["type"] != "http.request":
                     return False
                 piece = message.get("body", b"")
-                if body.size + len(piece) > requests.memory:
+                if body.size + len(piece) > requests.memory - REQUEST_OVERHEAD:
                     raise Refused(413, "the request is larger than --stream-memory: send it without Idempotency-Key")
                 if keep and not requests.reserve(len(piece)):
                     raise Refused(503, f"cannot keep this request: {NO_ROOM}", RETRY_AFTER)
@@ -202,15 +202,11 @@ def principal_of(headers: Headers) -> str:
     return hashlib.sha256(key.encode()).hexdigest() if scheme.lower() == "bearer" and key else ""
 
 
-def _has_key(headers: Iterable[tuple[bytes, bytes]]) -> bool:
-    return any(name == KEY_HEADER for name, _ in headers)
-
-
 def _rid(body: bytes) -> str:
     """The id that the client chose, or a new one. Raises Refused. What is no JSON is for the endpoint to refuse."""
     try:
         request = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         request = None
     rid = request.get("rid") if isinstance(request, dict) else None
     if not isinstance(rid, str):

@@ -53,6 +53,8 @@ class Run:
         self._readers: set[Reader] = set()
         self._body: bytes | None = None
         self._progress: Progress | None = None
+        #: of the last event
+        self._position = Position(0, -1)
         self.task: asyncio.Task[None] | None = None
 
     # ---- the endpoint's side
@@ -166,8 +168,8 @@ class Run:
         for event in events:
             if kept.closed is not None and not await self._caught_up():
                 return
-            last = kept.log.last
-            position = Position(tokens, last.number + 1 if last is not None and last.tokens == tokens else 0)
+            last = self._position
+            self._position = position = Position(tokens, last.number + 1 if last.tokens == tokens else 0)
             if self.numbered:
                 event = with_id(event, self.id_of(position))
             self._requests.append(kept, event, position)
