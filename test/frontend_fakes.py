@@ -84,8 +84,8 @@ def plan(args: KevlarArgs) -> LaunchPlan:
 class FakeChannel:
     """GroupChannel without sockets. The world it is made for sees what is sent and puts what arrives."""
 
-    def __init__(self, context: Any, world: Any, group: int, epoch: int, capacity: int) -> None:
-        self.world, self.group, self.epoch, self.capacity = world, group, epoch, capacity
+    def __init__(self, context: Any, world: Any, group: int, epoch: int, capacity: int, place: Any) -> None:
+        self.world, self.group, self.epoch, self.capacity, self.place = world, group, epoch, capacity, place
         self.up_to_date = False
         self.given_up = False
         self.heir = None

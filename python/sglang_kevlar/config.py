@@ -14,6 +14,7 @@ from typing import Any, NoReturn, get_args, get_type_hints
 
 import msgspec
 
+from sglang_kevlar.cluster import keys
 from sglang_kevlar.protocol.launch import KevlarArgs
 
 GROUP_TITLE = "SGLang-Kevlar"
@@ -125,8 +126,8 @@ _FLAGS: dict[str, _Flag] = {
         "Most MB/s of KV that each rank sends to its shadow. 0: no limit.", _not_negative_number, "MB_S"
     ),
     "shadow_transport": _Flag(
-        "How it travels: through shared memory of this host, or by Mooncake Transfer Engine (RDMA, NVLink, TCP), which "
-        "has to be installed.",
+        "How it travels: through shared memory of this host, and over TCP to others (shm); always over TCP; or by "
+        "Mooncake Transfer Engine (RDMA, NVLink, TCP), which has to be installed.",
         _one_of(_TRANSPORTS),
         f"{{{','.join(_TRANSPORTS)}}}",
     ),
@@ -135,6 +136,17 @@ _FLAGS: dict[str, _Flag] = {
         "and /kevlar/status say what came out. With it, nothing is promoted ahead.",
         _share,
         "SHARE",
+    ),
+    "advertise": _Flag(
+        "Address of this host at which groups of other hosts reach its ranks. If it is no loopback address, there has "
+        "to be a cluster key.",
+        lambda _: None,
+        "HOST",
+    ),
+    "cluster_key_file": _Flag(
+        "File with the cluster's key, which python -m sglang_kevlar.cluster.keys makes. Default: the environment "
+        f"variable {keys.ENVIRONMENT}.",
+        lambda _: None,
     ),
     "allow_chaos": _Flag(
         "For staging: ranks take orders of python -m sglang_kevlar.chaos to raise, to hang, and to harm frames of the "

@@ -15,7 +15,7 @@ from sglang_kevlar.shadow import server as server_module
 from sglang_kevlar.transport import Transport, TransportError, choose, require
 from sglang_kevlar.transport import shared_memory as shm_module
 
-TRANSPORTS = ("shm", "mooncake")
+TRANSPORTS = ("shm", "tcp", "mooncake")
 WINDOW = 8 * LAYOUT.block_bytes
 
 

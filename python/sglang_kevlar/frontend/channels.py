@@ -13,6 +13,7 @@ import zmq
 import zmq.asyncio
 from sglang.srt.managers import io_struct
 
+from sglang_kevlar.control.shadow_partners import Place
 from sglang_kevlar.protocol.launch import Paths
 
 #: messages a group may leave unread before it counts as unable to take more
@@ -33,11 +34,14 @@ class GroupChannel:
     arrive here: it would have to know this epoch's file names.
     """
 
-    def __init__(self, context: zmq.asyncio.Context, paths: Paths, group: int, epoch: int, capacity: int) -> None:
+    def __init__(
+        self, context: zmq.asyncio.Context, paths: Paths, group: int, epoch: int, capacity: int, place: Place
+    ) -> None:
         self.group = group
         self.epoch = epoch
         #: KV tokens the group can hold
         self.capacity = capacity
+        self.place = place
         #: the group has the weights and adapters of the others and may serve
         self.up_to_date = False
         #: it is about to be fenced

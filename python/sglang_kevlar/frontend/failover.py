@@ -27,6 +27,7 @@ from sglang_kevlar.control.admission import HoldQueue, must_wait
 from sglang_kevlar.control.journal import Entry, Journal
 from sglang_kevlar.control.membership import Event, GroupLost, GroupReady, GroupSuspect, GroupTrusted
 from sglang_kevlar.control.routing import Router
+from sglang_kevlar.control.shadow_partners import Place
 from sglang_kevlar.frontend.channels import ChannelFull, GroupChannel
 from sglang_kevlar.frontend.finish_reasons import is_internal_error, is_refused_resume
 from sglang_kevlar.frontend.host import BatchOutput, Host
@@ -85,7 +86,7 @@ class Failover:
         self.redirected: set[str] = set()
         #: groups that should serve: with fewer, capacity is lost and new requests may have to wait
         self._active_groups = args.worker_groups - args.standby_groups
-        self._shadows = ShadowPlans(self._active_groups)
+        self._shadows = ShadowPlans(plan, paths)
         self._context = zmq.asyncio.Context()
         self._turn = asyncio.Lock()
         self._inbox: asyncio.Queue[Event | BaseException] = asyncio.Queue()
@@ -188,7 +189,9 @@ class Failover:
         if isinstance(event, GroupReady):
             assert channel is None, f"group {group} is attached twice"
             capacity = int(event.init_info.get("max_total_num_tokens") or 0)  # type: ignore[call-overload]
-            self.channels[group] = GroupChannel(self._context, self._paths, group, epoch, capacity)
+            standby = group >= self._active_groups
+            place = Place(str(group), standby=standby, endpoints=tuple(event.shadow_endpoints))
+            self.channels[group] = GroupChannel(self._context, self._paths, group, epoch, capacity, place)
             self._spawn(self._attach(self.channels[group]))
         elif isinstance(event, GroupLost) and current is not None:
             await self._lost(current, event)

@@ -15,6 +15,7 @@ class ShadowReader:
 
     def __init__(self, plan: LaunchPlan, paths: Paths) -> None:
         self._ranks = plan.tp_size * plan.pp_size
+        self._local = {str(group): group for group in range(plan.kevlar.worker_groups)}
         self._paths = paths
 
     def read(self, group: int, epoch: int) -> list[ShadowCounters]:
@@ -52,6 +53,10 @@ class ShadowReader:
             "rejected_frames": store["rejected_frames"],
         }
 
+    def _shown(self, to: tuple[str, int] | None) -> int | str | None:
+        """A group of this launch by its number, another by its name."""
+        return None if to is None else self._local.get(to[0], to[0])
+
     def status(self, group: int, epoch: int) -> dict[str, Any] | None:
         """``shadow`` of a group in /kevlar/status. Tokens are of the rank furthest behind, bytes of all ranks."""
         ranks = self.read(group, epoch)
@@ -59,7 +64,7 @@ class ShadowReader:
             return None
         linked = sum(rank.ranks for rank in ranks) == self._ranks and all(rank.linked for rank in ranks)
         return {
-            "to": ranks[0].to[0] if linked and ranks[0].to is not None else None,
+            "to": self._shown(ranks[0].to) if linked else None,
             "lag_tokens": max(rank.lag_tokens for rank in ranks),
             "lag_ms": max(rank.lag_ms for rank in ranks),
             "lag_bytes": sum(rank.lag_tokens * rank.token_bytes for rank in ranks),

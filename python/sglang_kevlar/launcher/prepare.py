@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from sglang_kevlar import transport
+from sglang_kevlar.cluster import keys
 from sglang_kevlar.launcher.process import die_with_parent
 from sglang_kevlar.protocol.launch import EXIT_CONFIG, PROTOCOL_VERSION, KevlarArgs, LaunchPlan, Paths
 
@@ -53,11 +54,7 @@ def main(argv: Sequence[str]) -> int:
 
 def prepare(paths: Paths, launch_id: str, kevlar: KevlarArgs, argv: list[str], http: bool = True) -> LaunchPlan:
     """Write the launch plan and the resolved arguments. Raises ``LaunchRefused``."""
-    try:
-        if kevlar.shadow_memory and kevlar.worker_groups > 1:
-            transport.require(kevlar.shadow_transport)
-    except transport.TransportError as error:
-        raise LaunchRefused(f"--shadow-transport {kevlar.shadow_transport}: {error}") from error
+    _check_shadow(kevlar)
     environment, search_path = dict(os.environ), list(sys.path)
     _load_upstream()
     from sglang_kevlar.upstream import saved_args
@@ -75,6 +72,22 @@ def prepare(paths: Paths, launch_id: str, kevlar: KevlarArgs, argv: list[str], h
         file.write(msgspec.json.format(msgspec.json.encode(plan), indent=2))
     os.replace(temporary, paths.plan)
     return plan
+
+
+def _check_shadow(kevlar: KevlarArgs) -> None:
+    try:
+        if kevlar.shadow_memory and (kevlar.worker_groups > 1 or kevlar.advertise is not None):
+            transport.require(kevlar.shadow_transport)
+        key = keys.load(kevlar.cluster_key_file)
+    except transport.TransportError as error:
+        raise LaunchRefused(f"--shadow-transport {kevlar.shadow_transport}: {error}") from error
+    except keys.KeyProblem as error:
+        raise LaunchRefused(str(error)) from error
+    if kevlar.advertise is not None and key is None and not keys.is_loopback(kevlar.advertise):
+        raise LaunchRefused(
+            f"--advertise {kevlar.advertise}: others reach this address, so --cluster-key-file or {keys.ENVIRONMENT} "
+            "is needed"
+        )
 
 
 def _load_upstream() -> None:

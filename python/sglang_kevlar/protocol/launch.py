@@ -51,11 +51,15 @@ class KevlarArgs(msgspec.Struct, frozen=True, kw_only=True):
     #: MB/s that a rank sends at most; 0: no limit
     shadow_bandwidth: float = 0.0
     #: how its bytes travel (`transport.choose`)
-    shadow_transport: Literal["shm", "mooncake"] = "shm"
+    shadow_transport: Literal["shm", "tcp", "mooncake"] = "shm"
     #: share of the promotions that are computed instead, and compared
     shadow_audit: float = 0.0
     #: ranks take orders of `sglang_kevlar.chaos`
     allow_chaos: bool = False
+    #: address of this host at which groups of other hosts reach its ranks; None: nobody comes from there
+    advertise: str | None = None
+    #: the cluster's key (`cluster.keys`); None: of the environment, if there
+    cluster_key_file: str | None = None
 
 
 class LaunchPlan(msgspec.Struct, frozen=True, kw_only=True):

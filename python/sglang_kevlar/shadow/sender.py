@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import msgspec
+import numpy as np
 import zmq
 
 from sglang_kevlar.control.shadow_index import Origin
@@ -34,8 +35,8 @@ from sglang_kevlar.protocol.shadow import (
     ShadowCounters,
 )
 from sglang_kevlar.shadow.pool import Staged, pack
-from sglang_kevlar.shadow.sockets import dial, frame, unframe
-from sglang_kevlar.transport import Outgoing, Transport, TransportError
+from sglang_kevlar.shadow.sockets import UNREAD, frame, unframe
+from sglang_kevlar.transport import Outgoing, Transport, TransportError, digest
 
 logger = logging.getLogger(__name__)
 
@@ -83,9 +84,13 @@ class _Flush:
 
 @dataclass
 class Target:
-    group: int
+    """The store of one rank of an incarnation."""
+
+    name: str
     epoch: int
     endpoint: str
+    #: how KV goes there
+    transport: Transport
 
 
 class ShadowSender:
@@ -93,26 +98,32 @@ class ShadowSender:
 
     def __init__(
         self,
-        group: int,
+        launch: str,
+        group: str,
         epoch: int,
         layout: Layout,
         bandwidth: float,
-        transport: Transport,
+        dial: Callable[[str, int], zmq.Socket[bytes]],
         new_window: Callable[[], str],
         counters: ShadowCounters,
         counters_file: str,
-        dial_instead: Callable[[str], zmq.Socket[bytes]] | None = None,
     ) -> None:
-        """``bandwidth``: bytes a second, 0 for no limit. ``new_window``: a name for a window, another at each call."""
-        self._group, self._epoch = group, epoch
+        """``bandwidth``: bytes a second, 0 for no limit. ``new_window``: a name for a window, another at each call.
+
+        ``dial``: by endpoint, and how many messages may wait for it.
+        """
+        self._launch, self._group, self._epoch = launch, group, epoch
         self._layout = layout
         self._bandwidth = bandwidth
-        self._transport = transport
         self._new_window = new_window
         self._counters = counters
         self._counters_file = counters_file
         self._written = b""
         self.window_bytes = max(WINDOW_BYTES, WINDOW_BLOCKS * layout.block_bytes)
+        #: most blocks of a piece
+        self.piece_blocks = 1
+        #: every parcel that the window has room for, and as many other messages as there may ever be
+        self._unread = self.window_bytes // layout.block_bytes + UNREAD
         #: what the target has. None while there is no session; another object when nothing is known any more, and
         #: everything has to be sent (again)
         self.link: ShadowLink | None = None
@@ -122,7 +133,7 @@ class ShadowSender:
         self._staged_lock = threading.Lock()
         self._wanted: Target | None = None
         self._wake = os.eventfd(0, os.EFD_NONBLOCK)
-        self._dial = dial_instead
+        self._dial = dial
         self._socket: zmq.Socket[bytes] | None = None
         self._session = ""
         self._window: Outgoing | None = None
@@ -253,18 +264,23 @@ class ShadowSender:
         self._target = target
         self._opened_at = time.monotonic()
         try:
-            self._window = self._transport.offer(name, self.window_bytes)
+            self._window = target.transport.offer(name, self.window_bytes)
+            self._socket = self._dial(target.endpoint, self._unread)
         except TransportError as error:
-            logger.error("no window for a shadow: %s", error)
+            logger.error("no window for a shadow, or no way to it: %s", error)
+            self._close_socket()
             return
         self._session = name
-        self._socket = (self._dial or dial)(target.endpoint)
+        most = min(self.window_bytes // 4, target.transport.push_bytes)
+        self.piece_blocks = max(1, most // self._layout.block_bytes)
         self._say(
             Hello(
                 session=name,
+                launch=self._launch,
                 group=self._group,
                 epoch=self._epoch,
                 layout=self._layout,
+                transport=target.transport.name,
                 window=self._window.descriptor,
                 window_bytes=self.window_bytes,
             )
@@ -288,7 +304,7 @@ class ShadowSender:
     def _start_over(self, reason: str) -> None:
         target = self._target
         assert target is not None
-        logger.warning("shadow at worker group %d (epoch %d): starting over: %s", target.group, target.epoch, reason)
+        logger.warning("shadow at worker group %s (epoch %d): starting over: %s", target.name, target.epoch, reason)
         self._counters.resyncs += 1
         now = time.monotonic()
         if now - self._wrong_at < 2 * PAUSE:
@@ -297,10 +313,13 @@ class ShadowSender:
         self._close_socket()
         self._connect(target)
 
-    def _say(self, message: Hello | Parcel | Ended | Forget) -> None:
+    def _say(self, message: Hello | Parcel | Ended | Forget, along: np.ndarray | None = None) -> None:
         """Raises zmq.Again when too much waits to be sent already: the target does not read."""
         assert self._socket is not None
-        self._socket.send(frame(message), zmq.NOBLOCK)
+        parts: list[bytes | memoryview] = [frame(message)]
+        if along is not None:
+            parts.append(along.data)
+        self._socket.send_multipart(parts, zmq.NOBLOCK, copy=False)
 
     def _receive(self) -> None:
         while self._socket is not None:
@@ -319,17 +338,18 @@ class ShadowSender:
                 try:
                     self._window.accepted(message.window)
                 except TransportError as error:
-                    logger.error("worker group %d cannot be sent our KV: %s", target.group, error)
+                    logger.error("worker group %s cannot be sent our KV: %s", target.name, error)
                     self._counters.resyncs += 1
                     self._close_socket()
                     continue
                 self._sent_sequence = self._acknowledgements = 0
                 self._unacknowledged.clear()
                 self.link = ShadowLink(self.window_bytes, message.held)
-                self._counters.to, self._counters.linked = (target.group, target.epoch), True
-                logger.info("KV is shadowed to worker group %d (epoch %d)", target.group, target.epoch)
+                self._counters.to, self._counters.linked = (target.name, target.epoch), True
+                how = target.transport.name
+                logger.info("KV is shadowed to worker group %s (epoch %d) by %s", target.name, target.epoch, how)
             elif isinstance(message, Refuse) and message.session == self._session:
-                logger.error("worker group %d refused to keep our KV: %s", target.group, message.reason)
+                logger.error("worker group %s refused to keep our KV: %s", target.name, message.reason)
                 self._close_socket()
             elif isinstance(message, Resync) and message.session == self._session:
                 self._start_over(message.reason)
@@ -361,7 +381,7 @@ class ShadowSender:
 
     def _send_piece(self, piece: Piece) -> bool:
         """False while the window has no room (an acknowledgement wakes us), or the bandwidth is used up."""
-        assert self.link is not None and self._window is not None
+        assert self.link is not None and self._window is not None and self._target is not None
         if time.monotonic() < self._not_before:
             return False
         size = len(piece.keys) * self._layout.block_bytes
@@ -375,7 +395,8 @@ class ShadowSender:
         out = self._window.bytes[room : room + size].reshape(len(piece.keys), -1)
         pack(piece.staged.wait(), piece.first, len(piece.keys), self._layout.block_tokens, out)
         crcs = [zlib.crc32(block.data) for block in out]
-        self._window.push(room, size)
+        digests = [] if self._target.transport.authentic else [digest(block.data) for block in out]
+        along = self._window.push(room, size)
         self._say(
             Parcel(
                 session=self._session,
@@ -387,7 +408,9 @@ class ShadowSender:
                 tokens=piece.tokens,
                 origin=piece.origin,
                 request=piece.request,
-            )
+                digests=digests,
+            ),
+            along,
         )
         self._counters.sent_tokens += len(piece.keys) * self._layout.block_tokens
         self._counters.sent_bytes += size
