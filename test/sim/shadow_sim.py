@@ -310,7 +310,7 @@ class ShadowWorld:
         for group, rank in self.ranks.items():
             target = self.ranks[self.plans.targets[group]]
             link = rank.sender.link
-            if link is None or rank.sender._queue or link.oldest is not None or not self.network.quiet:
+            if link is None or rank.sender._queue or link.in_flight_tokens or not self.network.quiet:
                 return f"group {group} is not done"
             believed = [key for key in link.known if key not in target.store]
             if believed:

@@ -61,7 +61,8 @@ class World:
         return [name for name in os.listdir(shm_module.DIRECTORY) if self.launch in name]
 
     def end(self) -> None:
-        for made in reversed(self._made):
+        while self._made:
+            made = self._made.pop()
             made.close() if isinstance(made, Peer) else made.stop()
         assert self.windows() == []
         if self.transport_name == "mooncake":

@@ -139,8 +139,10 @@ class Source:
         self.windows += 1
         return window_name(self._launch, self.group, self.epoch, 0, self.windows)
 
-    def to(self, store: Store | Proxy | None, epoch: int = 1) -> Source:
-        self.sender.retarget(None if store is None else Target("9", epoch, store.endpoint, self._transport))
+    def to(self, store: Store | Proxy | None, epoch: int = 1, endpoint: str = "") -> Source:
+        """``endpoint``: another way to the store."""
+        target = None if store is None else Target("9", epoch, endpoint or store.endpoint, self._transport)
+        self.sender.retarget(target)
         return self
 
     def linked(self) -> Source:

@@ -2,9 +2,9 @@
 second frame behind the `Parcel` that names them: `transport`).
 
 A source's rank is a DEALER, the store of the same rank of the target a ROUTER. One session: `Hello`, answered by
-`Accept` or `Refuse`; then `Parcel`, `Ended` and `Forget` in one numbered order, answered by `Ack`, or by `Resync` when
-something did not arrive as it was sent, or the store was emptied. Every message names its session, so what is left of
-an older one is dropped.
+`Accept` or `Refuse`; then `Parcel`, `Ended`, `Forget` and `Still` in one numbered order, answered by `Ack`, or by
+`Resync` when something did not arrive as it was sent, or the store was emptied. Every message names its session, so
+what is left of an older one is dropped.
 
 The ranks of the target ask each other's stores by `Lookup`, from the same socket type. Where all tensor-parallel ranks
 have the same KV (MLA), only the first of each pipeline stage sends and keeps it; the others read it there.
@@ -101,6 +101,13 @@ class Forget(msgspec.Struct, frozen=True, kw_only=True, tag="forget"):
     sequence: int
 
 
+class Still(msgspec.Struct, frozen=True, kw_only=True, tag="still"):
+    """Nothing is new. Answered as all the others, so that a source with nothing to send learns if the link is gone."""
+
+    session: str
+    sequence: int
+
+
 class Accept(msgspec.Struct, frozen=True, kw_only=True, tag="accept"):
     """The session is open. ``held``: keys that need not be sent, of earlier sessions and of other sources."""
 
@@ -163,7 +170,7 @@ class Release(msgspec.Struct, frozen=True, kw_only=True, tag="release"):
     ticket: str
 
 
-ToStore = Hello | Parcel | Ended | Forget | Lookup | Release
+ToStore = Hello | Parcel | Ended | Forget | Still | Lookup | Release
 FromStore = Accept | Refuse | Ack | Resync | Held
 
 

@@ -33,6 +33,7 @@ from sglang_kevlar.protocol.shadow import (
     Refuse,
     Resync,
     ShadowCounters,
+    Still,
 )
 from sglang_kevlar.shadow.pool import Staged, pack
 from sglang_kevlar.shadow.sockets import UNREAD, frame, unframe
@@ -45,6 +46,8 @@ WINDOW_BYTES = 32 << 20
 WINDOW_BLOCKS = 8
 #: seconds after which a target that acknowledges nothing is begun with anew
 SILENCE = 10.0
+#: seconds after which a target is told that there is nothing to tell, so that it answers
+STILL = 5.0
 #: milliseconds between two looks at the clock while nothing happens
 TICK = 100
 #: seconds without parcels when two sessions went wrong shortly one after the other: the next may, too, and each costs
@@ -141,6 +144,10 @@ class ShadowSender:
         self._opened_at = self._progress_at = 0.0
         self._wrong_at = -2 * PAUSE
         self._sent_sequence = 0
+        #: all before this number is acknowledged
+        self._answered = 0
+        #: when the last one was sent
+        self._said_at = 0.0
         #: acknowledgements of this session that have come
         self._acknowledgements = 0
         #: parcels that are not acknowledged, and when their KV was copied
@@ -250,12 +257,13 @@ class ShadowSender:
         self._receive()
         try:
             self._work()
+            if self.link is not None and now - self._said_at > STILL:
+                self._say(Still(session=self._session, sequence=self._next_sequence()))
         except zmq.Again:
             self._start_over("it does not read")
         except TransportError as error:
             self._start_over(str(error))
-        oldest = self.link.oldest if self.link is not None else None
-        waiting = self._socket is not None and (self.link is None or oldest is not None)
+        waiting = self._socket is not None and (self.link is None or self._answered < self._sent_sequence)
         if waiting and now - max(self._progress_at, self._opened_at) > SILENCE:
             self._start_over(f"no answer for {SILENCE:g} s")
 
@@ -313,7 +321,7 @@ class ShadowSender:
         self._close_socket()
         self._connect(target)
 
-    def _say(self, message: Hello | Parcel | Ended | Forget, along: np.ndarray | None = None) -> None:
+    def _say(self, message: Hello | Parcel | Ended | Forget | Still, along: np.ndarray | None = None) -> None:
         """Raises zmq.Again when too much waits to be sent already: the target does not read."""
         assert self._socket is not None
         parts: list[bytes | memoryview] = [frame(message)]
@@ -342,7 +350,8 @@ class ShadowSender:
                     self._counters.resyncs += 1
                     self._close_socket()
                     continue
-                self._sent_sequence = self._acknowledgements = 0
+                self._sent_sequence = self._acknowledgements = self._answered = 0
+                self._said_at = time.monotonic()
                 self._unacknowledged.clear()
                 self.link = ShadowLink(self.window_bytes, message.held)
                 self._counters.to, self._counters.linked = (target.name, target.epoch), True
@@ -359,6 +368,7 @@ class ShadowSender:
                     self._start_over("an acknowledgement is missing")
                     continue
                 self._acknowledgements += 1
+                self._answered = message.sequence + 1
                 self._counters.shadowed_tokens += self.link.acknowledge(message.sequence, message.gone)
                 while self._unacknowledged and self._unacknowledged[0][0] <= message.sequence:
                     self._unacknowledged.popleft()
@@ -388,8 +398,6 @@ class ShadowSender:
         room = self.link.send(size, len(piece.keys) * self._layout.block_tokens, self._sent_sequence)
         if room is None:
             return False
-        if self.link.oldest == self._sent_sequence:
-            self._progress_at = time.monotonic()  # nothing was to be answered until now
         sequence = self._next_sequence()
         self._unacknowledged.append((sequence, piece.at))
         out = self._window.bytes[room : room + size].reshape(len(piece.keys), -1)
@@ -425,6 +433,9 @@ class ShadowSender:
         return round((time.monotonic() - min(pending)) * 1e3, 1) if self.link is not None and pending else 0.0
 
     def _next_sequence(self) -> int:
+        self._said_at = time.monotonic()
+        if self._answered == self._sent_sequence:
+            self._progress_at = self._said_at  # nothing was to be answered until now
         self._sent_sequence += 1
         return self._sent_sequence - 1
 

@@ -34,6 +34,7 @@ from sglang_kevlar.protocol.shadow import (
     Release,
     Resync,
     ShadowCounters,
+    Still,
     ToStore,
 )
 from sglang_kevlar.shadow.sockets import frame, unframe
@@ -219,7 +220,7 @@ class ShadowServer:
             self._store.end(request)
         session.window.close()
 
-    def _in_session(self, sender: _Peer, message: Parcel | Ended | Forget, along: bytes | None = None) -> None:
+    def _in_session(self, sender: _Peer, message: Parcel | Ended | Forget | Still, along: bytes | None = None) -> None:
         session = self._sessions.get(sender)
         if session is None or session.hello.session != message.session:
             self._reject("of no session")
@@ -239,7 +240,7 @@ class ShadowServer:
             request = _own(session, message.request)
             session.requests.discard(request)
             self._store.end(request)
-        else:
+        elif isinstance(message, Forget):
             self._store.clear()
             session.clears += 1
             session.requests.clear()

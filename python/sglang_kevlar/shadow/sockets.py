@@ -69,14 +69,15 @@ class Network:
         Raises TransportError.
         """
         self._check(host)
+        socket = _router(self._context, max(MAX_FRAME_BYTES, largest))
+        secure_server(socket, self._key)
         try:
             family, *_, address = network.getaddrinfo(host, None, type=network.SOCK_STREAM)[0]
-            socket = _router(self._context, max(MAX_FRAME_BYTES, largest))
-            socket.setsockopt(zmq.IPV6, family == network.AF_INET6)
-            secure_server(socket, self._key)
             where = f"[{address[0]}]" if family == network.AF_INET6 else address[0]
+            socket.setsockopt(zmq.IPV6, family == network.AF_INET6)
             port = socket.bind_to_random_port(f"tcp://{where}")
-        except (OSError, zmq.ZMQBindError) as error:
+        except (OSError, zmq.ZMQError, zmq.ZMQBindError) as error:
+            socket.close()
             raise TransportError(f"cannot listen on {host}: {error}") from None
         return socket, f"tcp://{where}:{port}"
 
