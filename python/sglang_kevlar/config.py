@@ -14,7 +14,6 @@ from typing import Any, NoReturn, get_args, get_type_hints
 
 import msgspec
 
-from sglang_kevlar.cluster import keys
 from sglang_kevlar.protocol.launch import KevlarArgs
 
 GROUP_TITLE = "SGLang-Kevlar"
@@ -145,7 +144,7 @@ _FLAGS: dict[str, _Flag] = {
     ),
     "cluster_key_file": _Flag(
         "File with the cluster's key, which python -m sglang_kevlar.cluster.keys makes. Default: the environment "
-        f"variable {keys.ENVIRONMENT}.",
+        "variable SGLANG_KEVLAR_CLUSTER_KEY.",
         lambda _: None,
     ),
     "allow_chaos": _Flag(

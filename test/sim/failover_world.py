@@ -85,6 +85,9 @@ class Sim(Host):
 
     # -- surroundings of the actor
 
+    def channel(self, group: int, epoch: int, name: str) -> str:
+        return f"{group} {epoch} {name}"
+
     def opened(self, channel: FakeChannel) -> None:
         group = self.groups[channel.group]
         if group.epoch == channel.epoch:
@@ -406,7 +409,7 @@ class Sim(Host):
             told = {group.id: group.plan for group in self.groups if group.plan is not None}
             assert len(told) == 3 and all(plan.content == str(self.weights) for plan in told.values())
             for plan in told.values():
-                assert plan.target is not None and self.groups[plan.target[0]].epoch == plan.target[1]
+                assert plan.target is not None and self.groups[int(plan.target.name)].epoch == plan.target.epoch
 
 
 def simulate(
