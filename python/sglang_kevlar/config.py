@@ -186,8 +186,8 @@ _FLAGS: dict[str, _Flag] = {
         "Most MB/s of KV that each rank sends to its shadow. 0: no limit.", _not_negative_number, "MB_S"
     ),
     "shadow_transport": _Flag(
-        "How it travels: through shared memory of this host, or by Mooncake Transfer Engine (RDMA, NVLink, TCP), which "
-        "has to be installed.",
+        "How it travels: through shared memory of this host, and over TCP to others (shm); always over TCP; or by "
+        "Mooncake Transfer Engine (RDMA, NVLink, TCP), which has to be installed.",
         _one_of(_TRANSPORTS),
         f"{{{','.join(_TRANSPORTS)}}}",
     ),

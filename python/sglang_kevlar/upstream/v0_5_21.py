@@ -292,6 +292,7 @@ _WORKER_SEAMS = (
         ingest_requests="",
         _pp_recv_proxy_tensors="",
         on_idle="",
+        get_init_info="",
         _record_scheduler_state_for_paused_engine="",
     ),
     _seam(_SCHEDULER + ".handle_generate_request", _RANK, passes="recv_req"),
