@@ -6,12 +6,11 @@ import secrets
 from typing import TYPE_CHECKING, Any
 
 from sglang_kevlar import config
-from sglang_kevlar.cluster import keys
+from sglang_kevlar.cluster import hosts, keys
 from sglang_kevlar.frontend.kept.registry import KeptRuns
 from sglang_kevlar.frontend.peers.kept import KeptPeers
 from sglang_kevlar.frontend.peers.links import PeerLinks
 from sglang_kevlar.frontend.peers.records import PeerRecords
-from sglang_kevlar.launcher.join import host_label
 from sglang_kevlar.protocol.cluster import Identity
 from sglang_kevlar.protocol.launch import LaunchPlan
 
@@ -27,12 +26,12 @@ def identity_of(plan: LaunchPlan, secure: bool) -> Identity | None:
     args = plan.kevlar
     if args.frontend_name is None or args.listen is None:
         return None
-    hosts = [args.advertise, plan.host, config.address(args.listen)[0]]
-    host = next((host for host in hosts if host is not None and host not in _ANY), "127.0.0.1")
+    addresses = [args.advertise, plan.host, config.address(args.listen)[0]]
+    host = next((host for host in addresses if host is not None and host not in _ANY), "127.0.0.1")
     return Identity(
         kind="frontend",
         name=args.frontend_name,
-        host=args.host_label or host_label(),
+        host=args.host_label or hosts.label(),
         instance=secrets.token_hex(4),
         url=f"{'https' if secure else 'http'}://{host}:{plan.port}",
     )
