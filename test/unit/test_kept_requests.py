@@ -68,7 +68,7 @@ def test_events_are_whole_however_they_are_sent(events: list[bytes], data: Any) 
 
 
 def test_ids() -> None:
-    assert with_id(b"data: x\n\n", "a:b", Position(7, 2)) == b"id: a:b:7.2\ndata: x\n\n"
+    assert with_id(b"data: x\n\n", event_id("a:b", Position(7, 2))) == b"id: a:b:7.2\ndata: x\n\n"
     assert parse_id("a:b:7.2", "a:b") == (7, 2)
     assert parse_position("7") == (7, 0)
     for bad in ("b:7.2", "a:b:", "a:b", "a:b:7.", "a:b:7.2.1", "a:b:-7", "a:b:\u0667", ""):

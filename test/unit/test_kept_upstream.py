@@ -172,6 +172,9 @@ class Recording:
         assert failure is None
         self.ends += 1
 
+    def read(self) -> None:
+        pass
+
     def drop(self, why: str) -> None:
         pass
 

@@ -24,11 +24,13 @@ from sglang_kevlar.frontend.framing import error_body, framing_of
 from sglang_kevlar.frontend.kept.elsewhere import Elsewhere
 from sglang_kevlar.frontend.kept.events import RID, BadId, digest_of, parse_id
 from sglang_kevlar.frontend.kept.registry import KeptRuns
-from sglang_kevlar.frontend.kept.run import RID_HEADER, Reader, Run
+from sglang_kevlar.frontend.kept.run import RID_HEADER, MovedAway, Reader, Run
 from sglang_kevlar.frontend.outcome import Failure
 
 KEY_HEADER = b"idempotency-key"
 _KEY = re.compile(r"[\x21-\x7e]{1,255}")
+#: how often a request is looked for that moves from frontend to frontend
+TRIES = 3
 #: seconds after which it is worth trying again when there is no room
 RETRY_AFTER = 5
 
@@ -56,12 +58,31 @@ class KeptMiddleware:
             await self.app(scope, receive, send)
             return
         try:
-            reader = await self._reader(scope, receive, send)
+            await self._answer(scope, receive, send)
         except Refused as refused:
             await _refusal(refused.failure, endpoint)(scope, receive, send)
-            return
-        if reader is not None:
-            await reader(scope, receive, send)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Raises Refused."""
+        headers = Headers(scope=scope)
+        key, principal = headers["idempotency-key"], principal_of(headers)
+        if not _KEY.fullmatch(key):
+            raise Refused(400, "Idempotency-Key: 1 to 255 visible ASCII characters")
+        # The body of a request that is here already is only compared: taking up again needs no room.
+        is_new = self._runs.find(principal, key) is None
+        body = _Body(scope)
+        if not await self._read(receive, body, is_new or self._runs.elsewhere is not None):
+            return  # the client left before it had sent its request
+        for _ in range(TRIES):
+            reader = await self._reader(scope, receive, send, principal, key, body, is_new)
+            if reader is None:
+                return
+            try:
+                await reader(scope, receive, send)
+                return
+            except MovedAway:
+                is_new = True
+        raise Refused(503, "this request is begun at several frontends: try again", 1)
 
     def _endpoint(self, scope: Scope) -> Scope | None:
         for route in self._routes:
@@ -70,18 +91,11 @@ class KeptMiddleware:
                 return {**scope, **child}
         return None
 
-    async def _reader(self, scope: Scope, receive: Receive, send: Send) -> Reader | None:
-        """Raises Refused. None when the client left before it had sent its request, or another frontend answered."""
-        headers = Headers(scope=scope)
-        key, principal = headers["idempotency-key"], principal_of(headers)
-        if not _KEY.fullmatch(key):
-            raise Refused(400, "Idempotency-Key: 1 to 255 visible ASCII characters")
-        # The body of a request that is here already is only compared: taking up again needs no room.
-        is_new = self._runs.find(principal, key) is None
-        elsewhere = self._runs.elsewhere
-        body = _Body(scope)
-        if not await self._read(receive, body, is_new or elsewhere is not None):
-            return None
+    async def _reader(
+        self, scope: Scope, receive: Receive, send: Send, principal: str, key: str, body: _Body, is_new: bool
+    ) -> Reader | None:
+        """Raises Refused. None when another frontend has answered."""
+        headers, elsewhere = Headers(scope=scope), self._runs.elsewhere
         wanted, last_id = headers.get(RID_HEADER.decode()), headers.get("last-event-id")
         # From here to the run's beginning nothing is awaited: of two that come at once one finds the other's.
         found = self._runs.find(principal, key)

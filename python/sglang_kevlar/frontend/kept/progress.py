@@ -26,6 +26,9 @@ class RunRecord(Protocol):
     async def output(self, messages: list[bytes], offset: int) -> None:
         """What one output is made of, and the tokens with it. The endpoint has it when this returns."""
 
+    def read(self) -> None:
+        """A client is being given events of it."""
+
     def end(self, failure: FailureValues | None) -> None:
         """The endpoint is through. ``failure``: what it was told went wrong."""
 

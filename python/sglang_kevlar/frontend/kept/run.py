@@ -30,6 +30,10 @@ class BrokenOff(Exception):
     """The response cannot be completed: the server closes the connection, and the client sees that it was cut."""
 
 
+class MovedAway(Exception):
+    """Another frontend has the run, and nothing of it was read here: it answers."""
+
+
 class Run:
     """``changed`` wakes whoever waits for the next event."""
 
@@ -40,6 +44,8 @@ class Run:
         self.record: RunRecord | None = None
         #: tokens up to which another frontend made it
         self._base = -1
+        #: given up in favour of the same request at another frontend
+        self.moved_away = False
         self._requests = requests
         #: status and headers, once they are there
         self.start: Message | None = None
@@ -253,14 +259,18 @@ class Reader(Response):
     async def _copy(self, listener: asyncio.Task[None], send: Send) -> None:
         run, log, started = self._run, self._run.kept.log, False
         while not listener.done():
+            if run.moved_away and not started:
+                raise MovedAway
             if run.start is None:
                 if run.failure is not None:
                     raise run.failure
                 await run.changed()
                 continue
             if not started:
-                await send(run.start)
                 started = True
+                if run.record is not None:
+                    run.record.read()
+                await send(run.start)
             try:
                 piece, behind = log.read(self.index, PIECE)
             except Discarded:

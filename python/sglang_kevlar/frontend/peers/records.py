@@ -28,8 +28,8 @@ PATIENCE = 10.0
 
 
 class PeerRecords:
-    """``links``, ``take_up`` (begins runs of a lost frontend) and ``abandon`` (ends the run of this principal and id, for
-    a peer has it) are set before anything else."""
+    """``links``, ``take_up`` (begins runs of a lost frontend) and ``abandon`` (ends the run of this principal and id, which
+    a peer has) are set before anything else."""
 
     links: PeerLinks
     take_up: Callable[[list[TakeUp]], None]
@@ -166,6 +166,9 @@ class RunRecord:
         record = Yielded(rid=self.run.rid, number=self._yields, offset=offset, messages=messages)
         self._yields += 1
         await self._records._safe(self._records._publish(record))
+
+    def read(self) -> None:
+        self.run.read = True
 
     def end(self, failure: tuple[int, str, str, int | None] | None) -> None:
         """Its endpoint is through."""
