@@ -323,7 +323,7 @@ def test_whoever_differs_is_refused_and_one_that_fits_suffices(play) -> None:
         w.second.sessions.start()
         await w.until(lambda: bool(w.shared.refused), "refused")
         (reason,) = w.shared.refused.values()
-        assert "model_digest: 'other' here, 'abc' there" in reason and not w.shared.refused_by_all
+        assert "model_digest: 'other' here, 'abc' there" in reason and not w.shared.is_refused
 
     play(script)
 
