@@ -54,8 +54,8 @@ def of(server_args: ServerArgs) -> Configuration:
     view = resolving_view(server_args)
     model = model_config_of(server_args)
     other = _flags(lambda name: getattr(view, name))
-    if server_args.tokenizer_path != server_args.model_path:
-        other["tokenizer"] = _digest(server_args.tokenizer_path, server_args.revision, model)
+    if view.tokenizer_path not in (None, server_args.model_path):
+        other["tokenizer"] = _digest(view.tokenizer_path, server_args.revision, model)
     adapters = {ref.lora_name: ref.lora_id for ref in view.lora_paths or ()}
     return Configuration(
         version=__version__,
