@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sglang_kevlar.control.event_delta import decode, encode
 from sglang_kevlar.control.event_log import EVENT_OVERHEAD, Discarded, EventLog, Position
 from sglang_kevlar.control.kept_requests import REQUEST_OVERHEAD, Gone, Kept, KeptRequests, NoRoom, RidTaken
-from sglang_kevlar.frontend.kept.events import BadId, Splitter, parse_id, parse_position, with_id
+from sglang_kevlar.frontend.kept.events import BadId, Splitter, event_id, parse_id, parse_position, with_id
 
 # ---- the log
 
