@@ -12,8 +12,8 @@ from frontend_fakes import (
     AbortReq,
     BatchStrOutput,
     FakeChannel,
+    FakeGroups,
     VirtualLoop,
-    plan,
     run_virtual,
     str_batch,
     tokenized,
@@ -52,11 +52,17 @@ class World(Host):
         self.serving: dict[int, bool] = {}
         metrics = NoMetrics()
         metrics.group = lambda group, *, ready, epoch: self.serving.update({group: ready})  # type: ignore[method-assign]
+        self.groups = FakeGroups(
+            self,
+            args,
+            kill=lambda *kill: self.killed.append(kill),
+            internal_error=lambda *group: self.errors.append(group),
+            is_draining=self.draining.__contains__,
+        )
         self.actor = Failover(
-            host=self, plan=plan(args), paths=self, kill=lambda *kill: self.killed.append(kill),
-            internal_error=lambda *group: self.errors.append(group), is_draining=self.draining.__contains__,
+            host=self, groups=self.groups, args=args,
             incarnation="i", events=FailoverEvents(metrics, loop.time, loop.time), metrics=metrics,
-        )  # type: ignore[arg-type]  # fmt: skip
+        )  # fmt: skip
 
     def opened(self, channel: FakeChannel) -> None:
         self.inputs[channel.group] = []
@@ -142,6 +148,5 @@ def play(script: Callable[[World], Coroutine[Any, Any, None]], args: KevlarArgs 
         world.actor.journal.check()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(failover_module, "GroupChannel", FakeChannel)
         patch.setattr(failover_module, "time", loop)
         run_virtual(loop, main())

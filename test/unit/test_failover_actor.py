@@ -11,7 +11,6 @@ from actor_world import ARGS, LENGTH, World, play
 
 from frontend_fakes import (
     AbortReq,
-    FakeChannel,
     VirtualLoop,
     run_virtual,
     str_batch,
@@ -333,9 +332,8 @@ def test_a_standby_serves_only_for_a_group_that_cannot():
     play(script, KevlarArgs(worker_groups=2, standby_groups=1))
 
 
-def test_an_exception_in_any_task_ends_the_actor(monkeypatch):
+def test_an_exception_in_any_task_ends_the_actor():
     loop = VirtualLoop()
-    monkeypatch.setattr(failover_module, "GroupChannel", FakeChannel)
 
     async def main() -> None:
         world = World(loop, ARGS)

@@ -11,8 +11,8 @@ from typing import Literal
 
 import msgspec
 
-from sglang_kevlar.control.detection import SUPERVISOR, EpochWatch, Loss, LossKind, Observation
-from sglang_kevlar.protocol.group import GroupReport
+from sglang_kevlar.control.detection import SUPERVISOR, EpochWatch, Loss, Observation
+from sglang_kevlar.protocol.group import GroupReport, LossKind
 from sglang_kevlar.protocol.launch import KevlarArgs
 
 Role = Literal["active", "standby"]
@@ -73,6 +73,7 @@ class Group:
         #: 0 until the first report
         self.epoch = 0
         self.stage: Literal["starting", "ready", "down"] = "starting"
+        #: takes no new requests; stays through restarts. Set by the frontend
         self.draining = False
         #: why the last epoch ended; empty while ready
         self.cause = ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 
 from sglang_kevlar.control.shadow_partners import partners
-from sglang_kevlar.frontend.channels import GroupChannel
+from sglang_kevlar.frontend.channels import Channel
 from sglang_kevlar.worker.resume import ShadowPlanReq
 
 
@@ -19,8 +19,8 @@ class ShadowPlans:
         self.targets: dict[int, int] = {}
 
     def news(
-        self, channels: Iterable[GroupChannel], draining: Collection[int], content: str
-    ) -> list[tuple[GroupChannel, ShadowPlanReq]]:
+        self, channels: Iterable[Channel], draining: Collection[int], content: str
+    ) -> list[tuple[Channel, ShadowPlanReq]]:
         """``channels``: of the groups that are up to date. ``content``: see `ShadowPlanReq`."""
         up = {channel.group: channel for channel in channels}
         self.targets = partners(up, draining, self._active_groups)

@@ -22,7 +22,7 @@ import msgspec
 
 from sglang_kevlar import transport
 from sglang_kevlar.launcher.process import die_with_parent
-from sglang_kevlar.protocol.launch import EXIT_CONFIG, PROTOCOL_VERSION, KevlarArgs, LaunchPlan, Paths
+from sglang_kevlar.protocol.launch import EXIT_CONFIG, PROTOCOL_VERSION, JoinArgs, KevlarArgs, LaunchPlan, Paths
 
 if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
@@ -40,18 +40,28 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--run-dir", required=True)
     parser.add_argument("--launch-id", required=True)
     parser.add_argument("--kevlar", required=True, help="KevlarArgs as JSON")
+    parser.add_argument("--join", help="JoinArgs as JSON: one group of servers on other hosts, which listens nowhere")
     parser.add_argument("--no-http", action="store_true", help="an offline engine, which listens nowhere")
     own = parser.parse_args(argv[:split])
     kevlar = msgspec.json.decode(own.kevlar, type=KevlarArgs)
+    join = None if own.join is None else msgspec.json.decode(own.join, type=JoinArgs)
+    http = not own.no_http and join is None
     try:
-        prepare(Paths(own.run_dir), own.launch_id, kevlar, list(argv[split + 1 :]), http=not own.no_http)
+        prepare(Paths(own.run_dir), own.launch_id, kevlar, list(argv[split + 1 :]), http, join)
     except LaunchRefused as refusal:
         print(f"sglang-kevlar: error: {refusal}", file=sys.stderr, flush=True)
         return EXIT_CONFIG
     return 0
 
 
-def prepare(paths: Paths, launch_id: str, kevlar: KevlarArgs, argv: list[str], http: bool = True) -> LaunchPlan:
+def prepare(
+    paths: Paths,
+    launch_id: str,
+    kevlar: KevlarArgs,
+    argv: list[str],
+    http: bool = True,
+    join: JoinArgs | None = None,
+) -> LaunchPlan:
     """Write the launch plan and the resolved arguments. Raises ``LaunchRefused``."""
     try:
         if kevlar.shadow_memory and kevlar.worker_groups > 1:
@@ -69,6 +79,8 @@ def prepare(paths: Paths, launch_id: str, kevlar: KevlarArgs, argv: list[str], h
     _resolve(server_args)
     _check_supported(server_args, resolved=True)
     plan = _plan(paths, launch_id, kevlar, server_args)
+    if join is not None or kevlar.listen is not None:
+        plan = _for_cluster(plan, server_args, argv, join)
     saved_args.save(paths.server_args, server_args, saved_args.changes_since(environment, search_path))
     temporary = f"{paths.plan}.new"
     with open(temporary, "wb") as file:
@@ -223,6 +235,42 @@ def _plan(paths: Paths, launch_id: str, kevlar: KevlarArgs, server_args: ServerA
     )
 
 
+def _for_cluster(plan: LaunchPlan, server_args: ServerArgs, argv: list[str], join: JoinArgs | None) -> LaunchPlan:
+    """What other launches have to know of this one."""
+    from sglang_kevlar.cluster import configuration
+
+    try:
+        common = configuration.of(server_args)
+    except OSError as error:
+        raise LaunchRefused(f"cannot read the model {server_args.model_path!r}: {_describe(error)}") from error
+    # Drawn while resolving, unless it was said.
+    decided = ["--random-seed", str(_decided(server_args).random_seed)]
+    if os.path.isdir(server_args.model_path):
+        decided += ["--model-path", os.path.abspath(server_args.model_path)]
+    return msgspec.structs.replace(plan, join=join, configuration=common, argv=[*for_groups(argv), *decided])
+
+
+#: flags of the HTTP side, of this host's ports and devices, and secrets: not for other hosts
+_NOT_FOR_GROUPS = frozenset(
+    """
+    --host --port --api-key --admin-api-key --ssl-keyfile --ssl-certfile --ssl-ca-certs --ssl-keyfile-password
+    --base-gpu-id --gpu-id-step --nccl-port --log-level --log-level-http --numa-node
+    """.split()
+)
+
+
+def for_groups(argv: Sequence[str]) -> list[str]:
+    """The flags of this launch without those that concern only its own host, with the values that follow them."""
+    kept: list[str] = []
+    skipping = False
+    for token in argv:
+        if token.startswith("--"):
+            skipping = token.partition("=")[0] in _NOT_FOR_GROUPS
+        if not skipping:
+            kept.append(token)
+    return kept
+
+
 def _device_count(device: str) -> int | None:
     """Devices torch sees; None on CPU, where ranks share what there is."""
     if device == "cpu":
@@ -239,6 +287,8 @@ def assign_devices(groups: int, ranks: int, *, base: int, step: int, available: 
     """
     if available is None:
         return [[0] * ranks for _ in range(groups)]
+    if groups == 0:
+        return []
     ids = [[base + (group * ranks + rank) * step for rank in range(ranks)] for group in range(groups)]
     highest = ids[-1][-1]
     if highest >= available:

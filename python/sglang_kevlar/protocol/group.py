@@ -15,6 +15,10 @@ REPORT_INTERVAL = 0.5
 
 GroupPhase = Literal["starting", "ready", "down", "stopped"]
 
+#: "unfit": the frontend cannot use it (does not connect, does not read, cannot be brought up to date). Of groups on other
+#: hosts: "network", their session ended; "left", they said so.
+LossKind = Literal["exit", "stopped", "hang", "errors", "report", "unfit", "operator", "network", "left"]
+
 
 class ProcessRef(msgspec.Struct, frozen=True):
     """A process that cannot be confused with a later one of the same pid."""

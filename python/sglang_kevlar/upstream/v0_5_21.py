@@ -13,6 +13,9 @@ PATCHES: tuple[str, ...] = ("0001-ollama-last-text.patch",)
 
 _PREPARE: tuple[Role, ...] = ("prepare",)
 _FRONTEND: tuple[Role, ...] = ("frontend",)
+_GATEWAY: tuple[Role, ...] = ("gateway",)
+#: both speak to groups
+_SPEAKERS: tuple[Role, ...] = ("frontend", "gateway")
 _RANK: tuple[Role, ...] = ("rank",)
 _DETOKENIZER: tuple[Role, ...] = ("detokenizer",)
 _SERVING: tuple[Role, ...] = ("frontend", "rank", "detokenizer")
@@ -69,15 +72,15 @@ _IPC = (
         "metrics_ipc_name tokenizer_worker_ipc_name decoupled_spec_ipc_config load_collector_ipc_name instance_id",
     ),
     _seam("srt.managers.io_struct:", _SERVING),
-    _seam("srt.managers.io_struct:hook_custom_types", _FRONTEND + _RANK),
-    _seam("srt.managers.io_struct:sock_send", _FRONTEND, signature="socket obj flags"),
-    _seam("srt.managers.io_struct:sock_recv", _FRONTEND, signature="socket flags"),
-    _seam("srt.managers.io_struct:msgpack_decode", _FRONTEND, signature="data"),
+    _seam("srt.managers.io_struct:hook_custom_types", _SPEAKERS + _RANK),
+    _seam("srt.managers.io_struct:sock_send", _SPEAKERS, signature="socket obj flags"),
+    _seam("srt.managers.io_struct:sock_recv", _SPEAKERS, signature="socket flags"),
+    _seam("srt.managers.io_struct:msgpack_decode", _SPEAKERS, signature="data"),
     _seam("srt.managers.io_struct:msgpack_encode", _FRONTEND, signature="obj"),
-    _seam("srt.utils.msgpack_utils:enc_hook", _FRONTEND, signature="obj"),
-    _seam("srt.utils.msgpack_utils:dec_hook", _FRONTEND, signature="tp obj"),
-    _seam("srt.utils.msgpack_utils:ext_hook", _FRONTEND, signature="code data"),
-    _seam("srt.managers.io_struct:_USE_PICKLE_IPC", _FRONTEND),
+    _seam("srt.utils.msgpack_utils:enc_hook", _SPEAKERS, signature="obj"),
+    _seam("srt.utils.msgpack_utils:dec_hook", _SPEAKERS, signature="tp obj"),
+    _seam("srt.utils.msgpack_utils:ext_hook", _SPEAKERS, signature="code data"),
+    _seam("srt.managers.io_struct:_USE_PICKLE_IPC", _SPEAKERS),
     _seam("srt.managers.io_struct:BaseReq", _FRONTEND + _RANK, fields="rid"),
     _seam(
         "srt.managers.io_struct:TokenizedGenerateReqInput",
@@ -214,10 +217,10 @@ _FRONTEND_SEAMS = (
     _seam("srt.managers.tokenizer_manager:ServerStatus", _FRONTEND, fields="Starting"),
     _seam("srt.managers.tokenizer_control_mixin:_COMMUNICATOR_SPECS", _FRONTEND),
     *_methods("srt.managers.communicator:FanOutCommunicator", _FRONTEND, set_fan_out="fan_out"),
-    _seam("srt.managers.load_snapshot:LoadSnapshot", _FRONTEND, fields="num_waiting_reqs"),
-    _seam("srt.managers.load_snapshot:ShmLoadSnapshotReader", _FRONTEND, signature="path dp_size", fields="close"),
-    _seam("srt.managers.load_snapshot:ShmLoadSnapshotReader.read", _FRONTEND, signature="self dp_rank"),
-    _seam("srt.managers.load_snapshot:shm_path_for", _FRONTEND, signature="ipc_name"),
+    _seam("srt.managers.load_snapshot:LoadSnapshot", _SPEAKERS, fields="num_waiting_reqs"),
+    _seam("srt.managers.load_snapshot:ShmLoadSnapshotReader", _SPEAKERS, signature="path dp_size", fields="close"),
+    _seam("srt.managers.load_snapshot:ShmLoadSnapshotReader.read", _SPEAKERS, signature="self dp_rank"),
+    _seam("srt.managers.load_snapshot:shm_path_for", _SPEAKERS, signature="ipc_name"),
     _seam("srt.runtime_context:get_lora", _FRONTEND, signature=""),
     _seam("srt.constants:HEALTH_CHECK_RID_PREFIX", _FRONTEND),
     _seam("srt.utils.auth:AuthLevel", _FRONTEND, fields="ADMIN_OPTIONAL"),
