@@ -47,7 +47,7 @@ def undisturbed(server: Server) -> Expected:
 
 
 class SteadyLoad:
-    """As a context manager: begins when every group runs some of it, fails at the end if anything was not as expected."""
+    """As a context manager: begins when every group runs some of it, fails at the end if not all was as expected."""
 
     def __init__(self, server: Server, expected: Expected, seed: int) -> None:
         self._server = server
