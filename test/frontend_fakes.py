@@ -19,6 +19,8 @@ from sglang.srt.managers.io_struct import BatchStrOutput as BatchStrOutput  # no
 from sglang.srt.managers.io_struct import TokenizedGenerateReqInput  # noqa: E402
 from sglang.srt.sampling.sampling_params import SamplingParams  # noqa: E402
 
+from sglang_kevlar.control.membership import GroupReady  # noqa: E402
+from sglang_kevlar.control.shadow_partners import Place  # noqa: E402
 from sglang_kevlar.frontend.channels import Channel, ChannelFull  # noqa: E402
 from sglang_kevlar.protocol.launch import KevlarArgs, LaunchPlan  # noqa: E402
 
@@ -99,15 +101,16 @@ class FakeGroups:
     def is_standby(self, group: int) -> bool:
         return group >= self.active
 
-    def open(self, group: int, epoch: int, capacity: int) -> FakeChannel:
-        return FakeChannel(self._world, group, epoch, capacity)
+    def open(self, ready: GroupReady, capacity: int) -> FakeChannel:
+        place = Place(str(ready.group), standby=self.is_standby(ready.group), endpoints=tuple(ready.shadow_endpoints))
+        return FakeChannel(self._world, ready.group, ready.epoch, capacity, place)
 
 
 class FakeChannel(Channel):
     """A channel without sockets. The world it is made for sees what is sent and puts what arrives."""
 
-    def __init__(self, world: Any, group: int, epoch: int, capacity: int) -> None:
-        super().__init__(group, epoch, capacity)
+    def __init__(self, world: Any, group: int, epoch: int, capacity: int, place: Place) -> None:
+        super().__init__(group, epoch, capacity, place)
         self.world = world
         self.full = False
         self.inbox: deque[Any] = deque()

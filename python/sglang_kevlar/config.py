@@ -159,8 +159,8 @@ _FLAGS: dict[str, _Flag] = {
         "Most MB/s of KV that each rank sends to its shadow. 0: no limit.", _not_negative_number, "MB_S"
     ),
     "shadow_transport": _Flag(
-        "How it travels: through shared memory of this host, or by Mooncake Transfer Engine (RDMA, NVLink, TCP), which "
-        "has to be installed.",
+        "How it travels: through shared memory of this host, and over TCP to others (shm); always over TCP; or by "
+        "Mooncake Transfer Engine (RDMA, NVLink, TCP), which has to be installed.",
         _one_of(_TRANSPORTS),
         f"{{{','.join(_TRANSPORTS)}}}",
     ),
@@ -176,23 +176,23 @@ _FLAGS: dict[str, _Flag] = {
         lambda _: None,
     ),
     "listen": _Flag(
-        "Where worker groups of other hosts join (python -m sglang_kevlar.launch_worker_group --join). Without a cluster "
-        "key only a loopback address.",
+        "Where worker groups of other hosts join (python -m sglang_kevlar.launch_worker_group --join). Without a "
+        "cluster key only a loopback address.",
         usable_address,
         "HOST:PORT",
     ),
     "lease": _Flag("Silence of a joined group's host, in seconds, after which it is lost.", _usable_lease),
     "cluster_key_file": _Flag(
-        f"File with the key that all members of the cluster share (python -m sglang_kevlar.cluster.keys). Without it, the "
-        f"environment variable {KEY_ENVIRONMENT}.",
+        "File with the key that all members of the cluster share (python -m sglang_kevlar.cluster.keys). Without it, "
+        f"the environment variable {KEY_ENVIRONMENT}.",
         _not_empty,
     ),
     "host_label": _Flag(
         "Label of this host, from which shadows are kept apart. Default: its name.", usable_name, "NAME"
     ),
     "advertise": _Flag(
-        "Address of this host at which ranks of other hosts reach its ranks. Default: the one that the way to the other "
-        "end of --join or --listen begins with.",
+        "Address of this host at which ranks of other hosts reach its ranks. Default: the one from which --join is "
+        "reached, or that of --listen.",
         _not_empty,
         "ADDRESS",
     ),

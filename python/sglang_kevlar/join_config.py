@@ -66,7 +66,7 @@ def split_args(argv: Sequence[str]) -> tuple[JoinFlags, list[str]]:
         "--join",
         required=not any(token in ("-h", "--help") for token in theirs),
         metavar="HOST:PORT[,HOST:PORT]",
-        help="Where frontends listen. The first one that is connected may change the group (weights, adapters, caches).",
+        help="Where frontends listen. The first that is connected may change the group (weights, adapters, caches).",
     )
     group.add_argument(
         "--name", help="Of the group, one in the cluster. Default: the label of this host and a random end."

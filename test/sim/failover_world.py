@@ -20,6 +20,7 @@ from frontend_fakes import (
     FakeChannel,
     FakeGroups,
     VirtualLoop,
+    plan,
     run_virtual,
     str_batch,
     tokenized,
@@ -35,7 +36,7 @@ from sglang_kevlar.frontend.host import Host
 from sglang_kevlar.frontend.outcome import RequestOutcome
 from sglang_kevlar.observability.events import FailoverEvents
 from sglang_kevlar.observability.metrics import NoMetrics
-from sglang_kevlar.protocol.launch import KevlarArgs
+from sglang_kevlar.protocol.launch import KevlarArgs, Paths
 from sglang_kevlar.worker.resume import ResumedGenerateReqInput
 
 STEPS = 500
@@ -362,7 +363,8 @@ class Sim(Host):
             self, self.args, self.kill, self.internal_error, lambda group: self.membership.group(group).draining
         )
         self.failover = self._actor(
-            host=self, groups=groups, args=self.args, incarnation="i", events=events, metrics=NoMetrics(),
+            host=self, groups=groups, plan=plan(self.args), paths=Paths("run"), incarnation="i", events=events,
+            metrics=NoMetrics(),
         )  # fmt: skip
         running = self.loop.create_task(self.failover.run())
         try:
@@ -405,7 +407,7 @@ class Sim(Host):
             told = {group.id: group.plan for group in self.groups if group.plan is not None}
             assert len(told) == 3 and all(plan.content == str(self.weights) for plan in told.values())
             for plan in told.values():
-                assert plan.target is not None and self.groups[plan.target[0]].epoch == plan.target[1]
+                assert plan.target is not None and self.groups[int(plan.target.name)].epoch == plan.target.epoch
 
 
 def simulate(

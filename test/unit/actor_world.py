@@ -14,6 +14,7 @@ from frontend_fakes import (
     FakeChannel,
     FakeGroups,
     VirtualLoop,
+    plan,
     run_virtual,
     str_batch,
     tokenized,
@@ -25,7 +26,7 @@ from sglang_kevlar.frontend.failover import Failover, Host
 from sglang_kevlar.frontend.outcome import RequestOutcome
 from sglang_kevlar.observability.events import FailoverEvents
 from sglang_kevlar.observability.metrics import NoMetrics
-from sglang_kevlar.protocol.launch import KevlarArgs
+from sglang_kevlar.protocol.launch import KevlarArgs, Paths
 from sglang_kevlar.worker.resume import ShadowPlanReq
 
 ARGS = KevlarArgs(worker_groups=2, hold_timeout=10.0, hold_queue=2)
@@ -60,7 +61,7 @@ class World(Host):
             is_draining=self.draining.__contains__,
         )
         self.actor = Failover(
-            host=self, groups=self.groups, args=args,
+            host=self, groups=self.groups, plan=plan(args), paths=Paths("run"),
             incarnation="i", events=FailoverEvents(metrics, loop.time, loop.time), metrics=metrics,
         )  # fmt: skip
 

@@ -18,7 +18,6 @@ from frontend_fakes import (
 )
 from sglang_kevlar.control.journal import Journal
 from sglang_kevlar.control.membership import GroupReady, GroupSuspect, GroupTrusted
-from sglang_kevlar.frontend import failover as failover_module
 from sglang_kevlar.frontend import in_flight as in_flight_module
 from sglang_kevlar.frontend.failover import FENCED_RID
 from sglang_kevlar.frontend.in_flight import InFlight, TextMismatch

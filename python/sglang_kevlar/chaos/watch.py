@@ -26,7 +26,7 @@ class _Store(msgspec.Struct):
 
 
 class _Shadow(msgspec.Struct):
-    to: int | None = None
+    to: int | str | None = None
     resyncs: int = 0
     store: _Store = msgspec.field(default_factory=_Store)
 

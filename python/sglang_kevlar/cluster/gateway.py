@@ -1,7 +1,7 @@
 """``python -m sglang_kevlar.cluster.gateway``: stands for the frontends of other hosts where their worker group is.
 
-No HTTP, no journal, no model: it watches the group, kills what is fenced, and carries messages. A sibling of the group's
-supervisor: when it dies the group goes on for nobody, until the next one, which joins anew.
+No HTTP, no journal, no model: it watches the group, kills what is fenced, and carries messages. A sibling of the
+group's supervisor: when it dies the group goes on for nobody, until the next one, which joins anew.
 """
 
 from __future__ import annotations

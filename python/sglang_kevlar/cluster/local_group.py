@@ -14,6 +14,7 @@ import zmq.asyncio
 from sglang.srt.managers.io_struct import AbortReq
 
 from sglang_kevlar.control.membership import Event, GroupLost, GroupReady
+from sglang_kevlar.control.shadow_partners import Place
 from sglang_kevlar.frontend.channels import ChannelFull, GroupChannel
 from sglang_kevlar.frontend.loads import GroupLoadReader
 from sglang_kevlar.frontend.monitor import GroupMonitor
@@ -46,6 +47,7 @@ class LocalGroup:
         self._channels: dict[int, GroupChannel] = {}
         self._loads = GroupLoadReader(plan, SimpleNamespace(channels=self._channels))  # type: ignore[arg-type]
         self._init_info: dict[str, object] = {}
+        self._endpoints: list[str] = []
         self._kind: LossKind | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         #: what went wrong in a task: the gateway ends with it
@@ -86,6 +88,7 @@ class LocalGroup:
             role="standby" if join.standby else "active",
             loads=[] if load is None else [msgspec.to_builtins(load)],
             shadow=self._shadows.read(GROUP, group.epoch),
+            shadow_endpoints=self._endpoints if ready else [],
         )
 
     def send(self, message: Any) -> None:
@@ -121,7 +124,9 @@ class LocalGroup:
         if isinstance(event, GroupReady):
             assert not self._channels, "the group is attached twice"
             capacity = int(event.init_info.get("max_total_num_tokens") or 0)  # type: ignore[call-overload]
-            channel = GroupChannel(self._context, self._paths, GROUP, event.epoch, capacity)
+            place = Place(str(GROUP))
+            channel = GroupChannel(self._context, self._paths, GROUP, event.epoch, capacity, place)
+            self._endpoints = event.shadow_endpoints
             self._channels[GROUP] = channel
             self._init_info = event.init_info
             self._spawn(self._attach(channel))

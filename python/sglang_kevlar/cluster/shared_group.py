@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 #: seconds between two statements of the group's load
 STATE_INTERVAL = 1.0
+#: seconds in which a server that changed the group may come back; then it starts anew, as it was configured, for others
+CHANGES_GRACE = 30.0
 
 
 class SharedGroup:
@@ -57,6 +59,7 @@ class SharedGroup:
         #: who made the changes that are in effect, and who asked last for something that only one may ask for
         self._changed_by: str | None = None
         self._controller: int | None = None
+        self._away_since: float | None = None
         self._epoch = -1
         self._stated: dict[int, tuple[GroupState, float]] = {}
         identity = Identity(name=plan.join.name, host=plan.join.host, instance=instance)
@@ -87,7 +90,9 @@ class SharedGroup:
 
     def tick(self) -> None:
         """Now and then: what changes slowly."""
-        self._state_all(time.monotonic())
+        now = time.monotonic()
+        self._state_all(now)
+        self._free_of_changes(now)
 
     def _on_change(self) -> None:
         self._state_all(time.monotonic())
@@ -124,7 +129,6 @@ class SharedGroup:
             logger.info("joined the frontend at %s", self._ways[number].address)
             self._joined[number] = event.frontend
             self._stated.pop(number, None)
-            self._free_of_changes()
             self._on_change()
         elif isinstance(event, Ended):
             logger.warning("the session with %s ended: %s: %s", self._ways[number].address, event.kind, event.reason)
@@ -134,10 +138,14 @@ class SharedGroup:
         elif isinstance(event, NotJoined) and event.retry_s is None:
             self.refused[self._ways[number].address] = event.reason
 
-    def _free_of_changes(self) -> None:
-        """Changes whose server is gone would stay for ever: the group starts anew, as it was configured."""
-        changed_by, epoch = self._changed_by, self.group.serving_epoch
-        if changed_by is not None and epoch is not None and changed_by not in self._joined.values():
+    def _free_of_changes(self, now: float) -> None:
+        """Changes whose server is gone would keep the group from all others for ever."""
+        epoch = self.group.serving_epoch
+        if self._changed_by is None or self._changed_by in self._joined.values() or not self._joined or epoch is None:
+            self._away_since = None
+        elif self._away_since is None:
+            self._away_since = now
+        elif now - self._away_since > CHANGES_GRACE:
             self.group.kill(epoch, "the server that changed its weights or adapters is gone", planned=True)
 
     def _forget(self, number: int) -> None:

@@ -1,7 +1,7 @@
 """Upstream's messages between hosts: typed msgpack, and no pickle in either direction.
 
-On one host upstream pickles them, or wraps what it pickles of them. Here only the types listed travel, each is decoded as
-what it is declared to be, and what could only be pickled is refused by name.
+On one host upstream pickles them, or wraps what it pickles of them. Here only the types listed travel, each is decoded
+as what it is declared to be, and what could only be pickled is refused by name.
 """
 
 from __future__ import annotations

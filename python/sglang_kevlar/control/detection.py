@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
+
 import msgspec
 
 from sglang_kevlar.protocol.group import REPORT_INTERVAL, LossKind

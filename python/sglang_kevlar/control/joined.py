@@ -190,7 +190,7 @@ class JoinedGroups:
                 events.append(g.kill)
         elif state.phase == "ready" and g.stage == "starting":
             g.stage, g.cause = "ready", ""
-            events.append(GroupReady(g.id, g.epoch, state.init_info or {}))
+            events.append(GroupReady(g.id, g.epoch, state.init_info or {}, state.shadow_endpoints))
         elif state.phase == "starting":
             g.cause = state.cause
         return events + self._suspect(g)

@@ -24,6 +24,8 @@ class GroupReady(msgspec.Struct, frozen=True):
     epoch: int
     #: upstream's Scheduler.get_init_info of rank 0
     init_info: dict[str, object]
+    #: see `GroupReport`
+    shadow_endpoints: list[str] = []
 
 
 class GroupLost(msgspec.Struct, frozen=True):
@@ -144,7 +146,7 @@ class Membership:
         elif report.phase == "ready" and g.stage == "starting":
             g.stage = "ready"
             g.cause = ""
-            events.append(GroupReady(g.id, g.epoch, report.init_info or {}))
+            events.append(GroupReady(g.id, g.epoch, report.init_info or {}, report.shadow_endpoints))
         return events
 
     def on_process_exit(self, group: int, epoch: int, name: str, now: float) -> list[Event]:

@@ -13,6 +13,7 @@ import zmq
 import zmq.asyncio
 from sglang.srt.managers import io_struct
 
+from sglang_kevlar.control.shadow_partners import Place
 from sglang_kevlar.protocol.launch import Paths
 
 #: messages a group may leave unread before it counts as unable to take more
@@ -36,11 +37,12 @@ class Channel:
     #: its processes are on another host, or might be: it is reached over a session
     remote = False
 
-    def __init__(self, group: int, epoch: int, capacity: int) -> None:
+    def __init__(self, group: int, epoch: int, capacity: int, place: Place) -> None:
         self.group = group
         self.epoch = epoch
         #: KV tokens the group can hold
         self.capacity = capacity
+        self.place = place
         #: the group has the weights and adapters of the others and may serve
         self.up_to_date = False
         #: it is about to be fenced
@@ -88,8 +90,10 @@ class GroupChannel(Channel):
     Nothing of another epoch can arrive here: it would have to know this epoch's file names.
     """
 
-    def __init__(self, context: zmq.asyncio.Context, paths: Paths, group: int, epoch: int, capacity: int) -> None:
-        super().__init__(group, epoch, capacity)
+    def __init__(
+        self, context: zmq.asyncio.Context, paths: Paths, group: int, epoch: int, capacity: int, place: Place
+    ) -> None:
+        super().__init__(group, epoch, capacity, place)
         #: the message being waited for; once it is there it stays here until it is taken
         self._next: asyncio.Future[bytes] | None = None
         self._files = [paths.channel(group, epoch, name) for name in ("tokenizer", "scheduler")]

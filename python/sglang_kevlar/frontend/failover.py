@@ -34,7 +34,7 @@ from sglang_kevlar.frontend.outcome import Failure, RequestOutcome
 from sglang_kevlar.frontend.shadows import ShadowPlans
 from sglang_kevlar.observability.events import FailoverEvents
 from sglang_kevlar.observability.metrics import NoMetrics
-from sglang_kevlar.protocol.launch import KevlarArgs
+from sglang_kevlar.protocol.launch import LaunchPlan, Paths
 from sglang_kevlar.worker.resume import StartedReqOutput
 
 logger = logging.getLogger(__name__)
@@ -58,12 +58,13 @@ class Failover:
         self,
         host: Host,
         groups: Groups,
-        args: KevlarArgs,
+        plan: LaunchPlan,
+        paths: Paths,
         incarnation: str,
         events: FailoverEvents,
         metrics: NoMetrics,
     ) -> None:
-        self._args = args
+        self._args = args = plan.kevlar
         self._host = host
         self._groups = groups
         self.events = events
@@ -75,7 +76,7 @@ class Failover:
         self.requests: dict[str, InFlight] = {}
         #: requests in flight that were moved: their answers say so
         self.redirected: set[str] = set()
-        self._shadows = ShadowPlans(args.worker_groups - args.standby_groups)
+        self._shadows = ShadowPlans(plan, paths)
         self._turn = asyncio.Lock()
         self._inbox: asyncio.Queue[Event | BaseException] = asyncio.Queue()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -177,7 +178,7 @@ class Failover:
         if isinstance(event, GroupReady):
             assert channel is None, f"group {group} is attached twice"
             capacity = int(event.init_info.get("max_total_num_tokens") or 0)  # type: ignore[call-overload]
-            self.channels[group] = self._groups.open(group, epoch, capacity)
+            self.channels[group] = self._groups.open(event, capacity)
             self._spawn(self._attach(self.channels[group]))
         elif isinstance(event, GroupLost) and current is not None:
             await self._lost(current, event)
@@ -241,11 +242,7 @@ class Failover:
 
     def plan_shadows(self, content: str | None = None) -> None:
         """Tell the groups what is news about the shadows. ``content``: empty while the weights change."""
-        channels = [
-            channel
-            for channel in self.channels.values()
-            if channel.up_to_date and not channel.given_up and not channel.remote
-        ]
+        channels = [channel for channel in self.channels.values() if channel.up_to_date and not channel.given_up]
         draining = {channel.group for channel in channels if self._groups.is_draining(channel.group)}
         wanted = self._host.content() if content is None else content
         for channel, plan in self._shadows.news(channels, draining, wanted):

@@ -7,7 +7,8 @@ from typing import Any
 
 import zmq.asyncio
 
-from sglang_kevlar.control.membership import Event
+from sglang_kevlar.control.membership import Event, GroupReady
+from sglang_kevlar.control.shadow_partners import Place
 from sglang_kevlar.frontend.channels import Channel, GroupChannel
 from sglang_kevlar.frontend.monitor import GroupMonitor
 from sglang_kevlar.frontend.sessions import GroupSessions
@@ -20,6 +21,7 @@ class WorkerGroups:
 
     def __init__(self, plan: LaunchPlan, paths: Paths, on_event: Callable[[Event], None]) -> None:
         self._paths = paths
+        self._host = plan.kevlar.host_label or ""
         self._local = plan.kevlar.worker_groups
         self._local_active = plan.kevlar.worker_groups - plan.kevlar.standby_groups
         self.monitor = GroupMonitor(paths, plan.kevlar, on_event)
@@ -55,11 +57,14 @@ class WorkerGroups:
         known = self._known(group)
         return known is not None and known.draining
 
-    def open(self, group: int, epoch: int, capacity: int) -> Channel:
-        if group < self._local:
-            return GroupChannel(self._context, self._paths, group, epoch, capacity)
-        assert self.sessions is not None
-        return self.sessions.open(group, epoch, capacity)
+    def open(self, ready: GroupReady, capacity: int) -> Channel:
+        group, epoch = ready.group, ready.epoch
+        if group >= self._local:
+            assert self.sessions is not None
+            return self.sessions.open(ready, capacity)
+        standby, endpoints = self.is_standby(group), tuple(ready.shadow_endpoints)
+        place = Place(str(group), host=self._host, standby=standby, endpoints=endpoints)
+        return GroupChannel(self._context, self._paths, group, epoch, capacity, place)
 
     def kill(self, group: int, epoch: int, cause: str, planned: bool = False) -> None:
         """``planned``: an operator's restart, without back-off."""
@@ -94,7 +99,7 @@ class WorkerGroups:
         """Per group what /kevlar/status says of processes, membership and shadow."""
         groups = self.monitor.snapshot()
         for group in groups:
-            group["name"], group["host"], group["link"] = str(group["id"]), None, "local"
+            group["name"], group["host"], group["link"] = str(group["id"]), self._host, "local"
             group["shadow"] = self._shadows.status(group["id"], group["epoch"])
         return groups if self.sessions is None else [*groups, *self.sessions.snapshot()]
 

@@ -6,6 +6,7 @@ from typing import Any, Protocol, TypeAlias
 
 from sglang.srt.managers.io_struct import AbortReq, BatchEmbeddingOutput, BatchStrOutput, BatchTokenIDOutput
 
+from sglang_kevlar.control.membership import GroupReady
 from sglang_kevlar.frontend.channels import Channel
 
 BatchOutput: TypeAlias = BatchStrOutput | BatchTokenIDOutput | BatchEmbeddingOutput
@@ -22,8 +23,8 @@ class Groups(Protocol):
 
     def is_draining(self, group: int) -> bool: ...
 
-    def open(self, group: int, epoch: int, capacity: int) -> Channel:
-        """The channel of an incarnation that is ready. ``capacity``: KV tokens that it can hold."""
+    def open(self, ready: GroupReady, capacity: int) -> Channel:
+        """The channel of an incarnation. ``capacity``: KV tokens that it can hold."""
 
     def kill(self, group: int, epoch: int, cause: str) -> None:
         """Give an incarnation up; ignored if it is not the current one."""

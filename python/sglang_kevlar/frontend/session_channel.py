@@ -10,6 +10,7 @@ from typing import Any
 from sglang.srt.managers.load_snapshot import LoadSnapshot
 
 from sglang_kevlar.cluster import wire
+from sglang_kevlar.control.shadow_partners import Place
 from sglang_kevlar.frontend.channels import CannotSend, Channel
 
 #: outputs that may wait for the actor; more than that it does not keep up with, and the group is given up
@@ -26,13 +27,14 @@ class SessionChannel(Channel):
         group: int,
         epoch: int,
         capacity: int,
+        place: Place,
         send: Callable[[bytes], None],
         load: Callable[[], LoadSnapshot | None],
         may_change: Callable[[], bool] = lambda: False,
     ) -> None:
-        """``send`` may end the session when the other end does not read, and raise CannotSend. ``load``: what the group last said of its
-        load. ``may_change``: whether it takes changes from this frontend."""
-        super().__init__(group, epoch, capacity)
+        """``send`` may end the session when the other end does not read, and raise CannotSend. ``load``: what the group
+        last said of its load. ``may_change``: whether it takes changes from this frontend."""
+        super().__init__(group, epoch, capacity, place)
         self._send = send
         self.load = load
         self._may_change = may_change

@@ -1,4 +1,4 @@
-"""Sessions with groups on other hosts, and what becomes of them: events for the actor, channels, orders to the groups."""
+"""Sessions with groups on other hosts, and what becomes of them: events for the actor, channels, orders to groups."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -15,9 +16,10 @@ from sglang_kevlar.cluster import keys, wire
 from sglang_kevlar.cluster.listener import Listener
 from sglang_kevlar.control.frontend_end import Sessions
 from sglang_kevlar.control.joined import JoinedGroup, JoinedGroups
-from sglang_kevlar.control.membership import Event, GroupKill, GroupLost
+from sglang_kevlar.control.membership import Event, GroupKill, GroupLost, GroupReady
 from sglang_kevlar.control.session import Ended, Joined, OutputsArrived, StateChanged, Suspect, Trusted
 from sglang_kevlar.control.session import Event as SessionEvent
+from sglang_kevlar.control.shadow_partners import Place
 from sglang_kevlar.frontend.channels import CannotSend
 from sglang_kevlar.frontend.session_channel import SessionChannel
 from sglang_kevlar.frontend.shadow_status import summary
@@ -69,12 +71,13 @@ class GroupSessions:
 
     # ---- what the frontend wants ---------------------------------------------------------------------------------
 
-    def open(self, group: int, epoch: int, capacity: int) -> SessionChannel:
+    def open(self, ready: GroupReady, capacity: int) -> SessionChannel:
         """Of one that is gone meanwhile nothing is sent or taken: that it is lost is about to be said."""
+        group, epoch = ready.group, ready.epoch
         g = self.table.groups.get(group)
         current = g if g is not None and g.epoch == epoch and g.session is not None else None
         if current is None:
-            return SessionChannel(group, epoch, capacity, lambda _: None, lambda: None)
+            return SessionChannel(group, epoch, capacity, Place("gone", local=False), lambda _: None, lambda: None)
         assert current.session is not None and current.state is not None
         session, theirs, listener = current.session, current.state.epoch, self._current()
 
@@ -84,7 +87,10 @@ class GroupSessions:
             except ValueError as too_large:
                 raise CannotSend(str(too_large)) from too_large
 
-        channel = SessionChannel(group, epoch, capacity, send, lambda: _load(current, epoch), current.may_change)
+        standby, endpoints = current.role == "standby", tuple(ready.shadow_endpoints)
+        place = Place(current.name, host=current.host, local=False, standby=standby, endpoints=endpoints)
+        load = partial(_load, current, epoch)
+        channel = SessionChannel(group, epoch, capacity, place, send, load, current.may_change)
         self._channels[group] = channel
         return channel
 

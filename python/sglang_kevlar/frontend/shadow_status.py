@@ -39,7 +39,7 @@ def summary(ranks: list[ShadowCounters], count: int) -> dict[str, Any] | None:
         return None
     linked = sum(rank.ranks for rank in ranks) == count and all(rank.linked for rank in ranks)
     return {
-        "to": ranks[0].to[0] if linked and ranks[0].to is not None else None,
+        "to": _shown(ranks[0].to) if linked else None,
         "lag_tokens": max(rank.lag_tokens for rank in ranks),
         "lag_ms": max(rank.lag_ms for rank in ranks),
         "lag_bytes": sum(rank.lag_tokens * rank.token_bytes for rank in ranks),
@@ -63,6 +63,11 @@ def summary(ranks: list[ShadowCounters], count: int) -> dict[str, Any] | None:
             "promoted_ahead_tokens": ranks[0].promoted_ahead_tokens,
         },
     }
+
+
+def _shown(to: tuple[str, int] | None) -> int | str | None:
+    """A group of this launch by its number, another by its name."""
+    return None if to is None else int(to[0]) if to[0].isdecimal() else to[0]
 
 
 def gauges(status: dict[str, Any]) -> dict[str, float]:

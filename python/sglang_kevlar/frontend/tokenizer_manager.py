@@ -85,7 +85,8 @@ class KevlarTokenizerManager(TokenizerManager, Host):
         self.failover = Failover(
             host=self,
             groups=self.groups,
-            args=self.plan.kevlar,
+            plan=self.plan,
+            paths=self.paths,
             # Unlike any other frontend's, also one of another host: groups tell requests apart by it.
             incarnation=f"{os.getpid():x}{uuid.uuid4().hex[:8]}",
             events=FailoverEvents(metrics),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ import msgspec
 import zmq
 
 from sglang_kevlar import join_config
-from sglang_kevlar.cluster import keys
+from sglang_kevlar.cluster import hosts, keys
 from sglang_kevlar.cluster.sockets import Closed, Connected, Dealer, Frame
 from sglang_kevlar.control.backoff import Backoff
 from sglang_kevlar.launcher import main, rundir
@@ -112,7 +111,7 @@ def run(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return 130
     internal = main.Internal(front=main.GATEWAY)
-    host = kevlar.host_label or host_label()
+    host = kevlar.host_label or hosts.label()
 
     def commands(run_dir: rundir.RunDir) -> main.Commands:
         name = flags.name or f"{host[:48]}-{run_dir.launch_id}"
@@ -120,9 +119,3 @@ def run(argv: Sequence[str]) -> int:
         return main.engine_commands(run_dir, kevlar, internal, [*setup.argv, *upstream_argv], join)
 
     return main.launch(kevlar, internal, commands)
-
-
-def host_label() -> str:
-    """This host's name as a label: what does not belong into one is left out."""
-    name = "".join(c for c in socket.gethostname().partition(".")[0] if c.isascii() and (c.isalnum() or c in "-_"))
-    return name.lstrip("-_")[:64] or "host"

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from sglang_kevlar import transport
+from sglang_kevlar.cluster import hosts, keys
 from sglang_kevlar.launcher.process import die_with_parent
 from sglang_kevlar.protocol.launch import EXIT_CONFIG, PROTOCOL_VERSION, JoinArgs, KevlarArgs, LaunchPlan, Paths
 
@@ -63,11 +64,8 @@ def prepare(
     join: JoinArgs | None = None,
 ) -> LaunchPlan:
     """Write the launch plan and the resolved arguments. Raises ``LaunchRefused``."""
-    try:
-        if kevlar.shadow_memory and kevlar.worker_groups > 1:
-            transport.require(kevlar.shadow_transport)
-    except transport.TransportError as error:
-        raise LaunchRefused(f"--shadow-transport {kevlar.shadow_transport}: {error}") from error
+    kevlar = hosts.completed(kevlar, join)
+    _check_shadow(kevlar)
     environment, search_path = dict(os.environ), list(sys.path)
     _load_upstream()
     from sglang_kevlar.upstream import saved_args
@@ -87,6 +85,22 @@ def prepare(
         file.write(msgspec.json.format(msgspec.json.encode(plan), indent=2))
     os.replace(temporary, paths.plan)
     return plan
+
+
+def _check_shadow(kevlar: KevlarArgs) -> None:
+    try:
+        if kevlar.shadow_memory and (kevlar.worker_groups > 1 or kevlar.advertise is not None):
+            transport.require(kevlar.shadow_transport)
+        key = keys.load(kevlar.cluster_key_file)
+    except transport.TransportError as error:
+        raise LaunchRefused(f"--shadow-transport {kevlar.shadow_transport}: {error}") from error
+    except keys.KeyProblem as error:
+        raise LaunchRefused(str(error)) from error
+    if kevlar.advertise is not None and key is None and not keys.is_loopback(kevlar.advertise):
+        raise LaunchRefused(
+            f"--advertise {kevlar.advertise}: others reach this address, so --cluster-key-file or {keys.ENVIRONMENT} "
+            "is needed"
+        )
 
 
 def _load_upstream() -> None:
@@ -251,12 +265,10 @@ def _for_cluster(plan: LaunchPlan, server_args: ServerArgs, argv: list[str], joi
 
 
 #: flags of the HTTP side, of this host's ports and devices, and secrets: not for other hosts
-_NOT_FOR_GROUPS = frozenset(
-    """
+_NOT_FOR_GROUPS = """
     --host --port --api-key --admin-api-key --ssl-keyfile --ssl-certfile --ssl-ca-certs --ssl-keyfile-password
     --base-gpu-id --gpu-id-step --nccl-port --log-level --log-level-http --numa-node
-    """.split()
-)
+""".split()  # noqa: SIM905 - a list of that would be a page long
 
 
 def for_groups(argv: Sequence[str]) -> list[str]:

@@ -53,7 +53,7 @@ class KevlarArgs(msgspec.Struct, frozen=True, kw_only=True):
     #: MB/s that a rank sends at most; 0: no limit
     shadow_bandwidth: float = 0.0
     #: how its bytes travel (`transport.choose`)
-    shadow_transport: Literal["shm", "mooncake"] = "shm"
+    shadow_transport: Literal["shm", "tcp", "mooncake"] = "shm"
     #: share of the promotions that are computed instead, and compared
     shadow_audit: float = 0.0
     #: ranks take orders of `sglang_kevlar.chaos`

@@ -50,19 +50,44 @@ def _methods(cls: str, roles: tuple[Role, ...], **signatures: str) -> tuple[Seam
 _START = (
     _seam("srt.server_args:prepare_server_args", _PREPARE, signature="argv"),
     _seam("srt.server_args:ServerArgs", _PREPARE, fields="resolve_once check_server_args add_cli_args __reduce__"),
+    _seam(
+        "srt.server_args:ServerArgs",
+        _PREPARE,
+        fields="revision quantization kv_cache_dtype page_size lora_paths random_seed",
+    ),
     _seam("srt.server_args:ServerArgs", _ALL, fields="host port model_path tp_size pp_size"),
     _seam("srt.arg_groups.overrides:resolving_view", _PREPARE, signature="server_args"),
     _seam("srt.arg_groups.model_override_base:model_config_of", _PREPARE, signature="server_args"),
-    _seam("srt.configs.model_config:ModelConfig", _PREPARE, fields="is_multimodal hf_config model_path"),
+    _seam(
+        "srt.configs.model_config:ModelConfig",
+        _PREPARE,
+        fields="is_multimodal hf_config model_path dtype context_len",
+    ),
     _seam("srt.entrypoints.engine:_set_envs_and_config", _PREPARE, signature="server_args"),
     _seam("srt.parser.template_detection:resolve_auto_parsers", _PREPARE, signature="server_args"),
-    _seam("srt.utils:configure_logger", _PREPARE, passes="server_args"),
+    _seam("srt.utils:configure_logger", _PREPARE + _GATEWAY, passes="server_args prefix"),
     _seam("srt.plugins:load_plugins", _ALL, signature=""),
     _seam("srt.plugins.hook_registry:HookRegistry", _ALL, fields="_hooks _patched"),
     _seam("srt.plugins.hook_registry:HookRegistry.register", _ALL, passes="target hook hook_type"),
     _seam("srt.plugins.hook_registry:HookType", _ALL, fields="AFTER AROUND"),
     _seam("srt.utils:set_ulimit", _RANK + _DETOKENIZER, passes=""),
 )
+
+#: what travels between hosts, besides requests and outputs (`cluster.wire`)
+_ON_THE_WIRE = """
+    GetInternalStateReq GetInternalStateReqOutput GetWeightsByNameReqInput GetWeightsByNameReqOutput
+    CheckWeightsReqInput CheckWeightsReqOutput FlushCacheReqInput FlushCacheReqOutput PauseGenerationReqInput
+    ContinueGenerationReqInput UpdateWeightFromDiskReqInput UpdateWeightFromDiskReqOutput
+    UpdateWeightVersionReqInput UpdateWeightVersionReqOutput UpdateWeightsFromDistributedReqInput
+    UpdateWeightsFromDistributedReqOutput InitWeightsUpdateGroupReqInput InitWeightsUpdateGroupReqOutput
+    DestroyWeightsUpdateGroupReqInput DestroyWeightsUpdateGroupReqOutput BeginWeightUpdateReqInput
+    BeginWeightUpdateReqOutput EndWeightUpdateReqInput EndWeightUpdateReqOutput ReleaseMemoryOccupationReqInput
+    ReleaseMemoryOccupationReqOutput ResumeMemoryOccupationReqInput ResumeMemoryOccupationReqOutput
+    LoadLoRAAdapterReqInput UnloadLoRAAdapterReqInput LoRAUpdateOutput SetInternalStateReq
+    SetInternalStateReqOutput ProfileReq ProfileReqOutput ExpertDistributionReq ExpertDistributionReqOutput
+    SlowDownReqInput SlowDownReqOutput FreezeGCReq ConfigureLoggingReq TokenizedGenerateReqInput
+    TokenizedEmbeddingReqInput AbortReq BatchStrOutput BatchTokenIDOutput BatchEmbeddingOutput
+""".split()  # noqa: SIM905 - a list of that would be a page long
 
 _IPC = (
     _seam(
@@ -71,7 +96,10 @@ _IPC = (
         signature="tokenizer_ipc_name scheduler_input_ipc_name detokenizer_ipc_name nccl_port rpc_ipc_name "
         "metrics_ipc_name tokenizer_worker_ipc_name decoupled_spec_ipc_config load_collector_ipc_name instance_id",
     ),
-    _seam("srt.managers.io_struct:", _SERVING),
+    _seam("srt.managers.io_struct:", _SERVING + _GATEWAY),
+    *(_seam(f"srt.managers.io_struct:{name}", _SPEAKERS) for name in _ON_THE_WIRE),
+    # Cut by frontend, a value for each request: `cluster.batches`; a test looks at every field.
+    _seam("srt.managers.io_struct:BatchEmbeddingOutput", _SPEAKERS, fields="rids pooled_hidden_states"),
     _seam("srt.managers.io_struct:hook_custom_types", _SPEAKERS + _RANK),
     _seam("srt.managers.io_struct:sock_send", _SPEAKERS, signature="socket obj flags"),
     _seam("srt.managers.io_struct:sock_recv", _SPEAKERS, signature="socket flags"),
@@ -264,6 +292,7 @@ _WORKER_SEAMS = (
         ingest_requests="",
         _pp_recv_proxy_tensors="",
         on_idle="",
+        get_init_info="",
         _record_scheduler_state_for_paused_engine="",
     ),
     _seam(_SCHEDULER + ".handle_generate_request", _RANK, passes="recv_req"),
