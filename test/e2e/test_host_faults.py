@@ -90,8 +90,8 @@ class World:
         try:
             for _ in range(5):
                 beat = reader.read()
-                assert beat is not None
-                if beat.phase is not Phase.IDLE:
+                # None: it was read while it was written, and that again and again
+                if beat is None or beat.phase is not Phase.IDLE:
                     return True
                 time.sleep(0.1)
             return False
@@ -116,6 +116,7 @@ class World:
         deadline = time.monotonic() + PATIENCE
         while self.rank_works(name):
             assert time.monotonic() < deadline, f"{name} still works for nobody:\n{self.groups[name].log_end()}"
+            time.sleep(0.1)
 
     def wait_back(self, known: dict[str, Any]) -> None:
         """It serves again: the same processes, as another incarnation."""
