@@ -86,6 +86,9 @@ class Sim(Host):
 
     # -- surroundings of the actor
 
+    def channel(self, group: int, epoch: int, name: str) -> str:
+        return f"{group} {epoch} {name}"
+
     def opened(self, channel: FakeChannel) -> None:
         group = self.groups[channel.group]
         if group.epoch == channel.epoch:

@@ -65,6 +65,9 @@ class World(Host):
             incarnation="i", events=FailoverEvents(metrics, loop.time, loop.time), metrics=metrics,
         )  # fmt: skip
 
+    def channel(self, group: int, epoch: int, name: str) -> str:
+        return f"{group} {epoch} {name}"
+
     def opened(self, channel: FakeChannel) -> None:
         self.inputs[channel.group] = []
         self.plans[channel.group] = []
