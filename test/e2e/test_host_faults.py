@@ -271,6 +271,32 @@ def test_a_gateway_that_stood_still_goes_on_with_nothing_of_before(world: World,
     world.wait_nothing_runs(known["name"])
 
 
+@pytest.mark.timeout(300)
+def test_groups_that_lose_each_other_lose_their_shadows_and_nothing_else(world: World, expected: Expected) -> None:
+    def linked(status: dict[str, Any]) -> list[bool]:
+        return [group["shadow"]["to"] is not None for group in status["groups"]]
+
+    one, other = WORKERS
+    with world.load(expected) as load:
+        before = world.failovers()
+        world.server.wait(lambda s: all(linked(s)), "shadow links", PATIENCE)
+        world.hosts.fault(Faults(blocked=True), source=one, target=other)
+        world.hosts.fault(Faults(blocked=True), source=other, target=one)
+        world.server.wait(lambda s: not any(linked(s)), "loss of the shadow links", PATIENCE)
+        load.goes_on()
+        assert world.failovers() == before
+        # Without a shadow: all of the context is computed again.
+        known = world.busiest()
+        world.hosts[known["name"]].down()
+        world.wait_given_up({known["name"]}, before)
+        load.goes_on()
+        world.hosts.heal()
+        world.wait_back(known)
+        world.server.wait(lambda s: all(linked(s)), "shadow links", PATIENCE)
+        load.goes_on()
+    assert world.failovers() == before + 1
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_groups_of_several_ranks(models: Path, tmp_path: Path) -> None:
