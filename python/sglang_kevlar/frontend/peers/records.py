@@ -28,8 +28,8 @@ PATIENCE = 10.0
 
 
 class PeerRecords:
-    """``links``, ``take_up`` (begins runs of a lost frontend) and ``abandon`` (ends the run of this principal and id, which
-    a peer has) are set before anything else."""
+    """``links``, ``take_up`` (begins runs of a lost frontend) and ``abandon`` (ends a run, by principal and id, which a
+    peer has) are set before anything else."""
 
     links: PeerLinks
     take_up: Callable[[list[TakeUp]], None]
