@@ -6,7 +6,7 @@ import asyncio
 import selectors
 from array import array
 from collections import deque
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from sglang_kevlar.platform import torchvision_shim
@@ -19,7 +19,9 @@ from sglang.srt.managers.io_struct import BatchStrOutput as BatchStrOutput  # no
 from sglang.srt.managers.io_struct import TokenizedGenerateReqInput  # noqa: E402
 from sglang.srt.sampling.sampling_params import SamplingParams  # noqa: E402
 
-from sglang_kevlar.frontend.channels import ChannelFull  # noqa: E402
+from sglang_kevlar.control.membership import GroupReady  # noqa: E402
+from sglang_kevlar.control.shadow_partners import Place  # noqa: E402
+from sglang_kevlar.frontend.channels import Channel, ChannelFull  # noqa: E402
 from sglang_kevlar.protocol.launch import KevlarArgs, LaunchPlan  # noqa: E402
 
 
@@ -81,17 +83,35 @@ def plan(args: KevlarArgs) -> LaunchPlan:
     )
 
 
-class FakeChannel:
-    """GroupChannel without sockets. The world it is made for sees what is sent and puts what arrives."""
+class FakeGroups:
+    """frontend.host.Groups: as many as ``args`` says, in the world they are made for."""
 
-    def __init__(self, context: Any, world: Any, group: int, epoch: int, capacity: int) -> None:
-        self.world, self.group, self.epoch, self.capacity = world, group, epoch, capacity
-        self.up_to_date = False
-        self.given_up = False
-        self.heir = None
-        self.suspect = False
-        self.received = 0
-        self.closed = False
+    def __init__(
+        self,
+        world: Any,
+        args: KevlarArgs,
+        kill: Callable[[int, int, str], None],
+        internal_error: Callable[[int, int], None],
+        is_draining: Callable[[int], bool],
+    ) -> None:
+        self._world = world
+        self.active = args.worker_groups - args.standby_groups
+        self.kill, self.on_internal_error, self.is_draining = kill, internal_error, is_draining
+
+    def is_standby(self, group: int) -> bool:
+        return group >= self.active
+
+    def open(self, ready: GroupReady, capacity: int) -> FakeChannel:
+        place = Place(str(ready.group), standby=self.is_standby(ready.group), endpoints=tuple(ready.shadow_endpoints))
+        return FakeChannel(self._world, ready.group, ready.epoch, capacity, place)
+
+
+class FakeChannel(Channel):
+    """A channel without sockets. The world it is made for sees what is sent and puts what arrives."""
+
+    def __init__(self, world: Any, group: int, epoch: int, capacity: int, place: Place) -> None:
+        super().__init__(group, epoch, capacity, place)
+        self.world = world
         self.full = False
         self.inbox: deque[Any] = deque()
         self._waiter: asyncio.Future[None] | None = None

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NoReturn, get_args, get_type_hints
 
 import msgspec
@@ -17,7 +18,11 @@ import msgspec
 from sglang_kevlar.protocol.launch import KevlarArgs
 
 GROUP_TITLE = "SGLang-Kevlar"
+#: `cluster.keys.ENVIRONMENT`; that module is not light
+KEY_ENVIRONMENT = "SGLANG_KEVLAR_CLUSTER_KEY"
 PROG = "python -m sglang_kevlar.launch_server"
+#: that share worker groups
+MAX_FRONTENDS = 16
 
 
 class _Flag(msgspec.Struct, frozen=True):
@@ -61,14 +66,70 @@ def _one_of(choices: Sequence[str]) -> Callable[[str], str | None]:
     return lambda value: None if value in choices else f"must be one of {', '.join(choices)}, got {value!r}"
 
 
+def address(text: str) -> tuple[str, int]:
+    """``HOST:PORT`` or ``[V6]:PORT``. Raises ValueError."""
+    host, _, port = text.rpartition(":")
+    if not host or not (port.isascii() and port.isdigit()) or not 0 < int(port) < 65536:
+        raise ValueError(f"must be HOST:PORT, got {text!r}")
+    return host, int(port)
+
+
+def peer_addresses(text: str) -> dict[str, str]:
+    """Of --peers: where each frontend listens, by name. Raises ValueError."""
+    addresses: dict[str, str] = {}
+    for each in text.split(","):
+        name, equals, at = each.strip().partition("=")
+        if not equals or usable_name(name) is not None:
+            raise ValueError(f"must be NAME=HOST:PORT,NAME=HOST:PORT, got {each.strip()!r}")
+        address(at)
+        if name in addresses:
+            raise ValueError(f"must name each frontend once, got {name} twice")
+        addresses[name] = at
+    if not 2 <= len(addresses) <= MAX_FRONTENDS:
+        raise ValueError(f"must be 2 to {MAX_FRONTENDS} frontends, got {len(addresses)}")
+    return addresses
+
+
+def _usable_peers(value: str | None) -> str | None:
+    try:
+        if value is not None:
+            peer_addresses(value)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def usable_address(value: str | None) -> str | None:
+    try:
+        if value is not None:
+            address(value)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def usable_name(value: str | None) -> str | None:
+    if value is None or re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", value):
+        return None
+    return f"must be 1 to 64 letters, digits, dots, dashes or underscores and begin with no dot or dash, got {value!r}"
+
+
+def _usable_lease(value: float) -> str | None:
+    return None if 0.5 <= value <= 600 else f"must be between 0.5 and 600 seconds, got {value}"
+
+
+def _not_empty(value: str | None) -> str | None:
+    return "must not be empty" if value == "" else None
+
+
 _HINTS = get_type_hints(KevlarArgs)
 _TRANSPORTS, _WARM_STARTS = get_args(_HINTS["shadow_transport"]), get_args(_HINTS["warm_start"])
 
 _FLAGS: dict[str, _Flag] = {
     "worker_groups": _Flag(
         "Worker groups (model replicas) on this host, all included. 1: nothing to fail over to, "
-        "but a dead group is restarted and the server goes on.",
-        _at_least(1),
+        "but a dead group is restarted and the server goes on. 0, with --listen: all groups are on other hosts.",
+        _at_least(0),
     ),
     "standby_groups": _Flag(
         "How many of the worker groups are kept free as standbys. 0: all groups serve.", _at_least(0)
@@ -125,8 +186,8 @@ _FLAGS: dict[str, _Flag] = {
         "Most MB/s of KV that each rank sends to its shadow. 0: no limit.", _not_negative_number, "MB_S"
     ),
     "shadow_transport": _Flag(
-        "How it travels: through shared memory of this host, or by Mooncake Transfer Engine (RDMA, NVLink, TCP), which "
-        "has to be installed.",
+        "How it travels: through shared memory of this host, and over TCP to others (shm); always over TCP; or by "
+        "Mooncake Transfer Engine (RDMA, NVLink, TCP), which has to be installed.",
         _one_of(_TRANSPORTS),
         f"{{{','.join(_TRANSPORTS)}}}",
     ),
@@ -136,35 +197,77 @@ _FLAGS: dict[str, _Flag] = {
         _share,
         "SHARE",
     ),
+    "stream_retention": _Flag(
+        "A request with an Idempotency-Key can be taken up again this many seconds after its end. While it runs it is "
+        "aborted when no client has been attached for as long.",
+        _positive,
+    ),
+    "stream_memory": _Flag("Most memory, in MiB, for the bodies and responses of such requests.", _at_least(1), "MIB"),
     "allow_chaos": _Flag(
         "For staging: ranks take orders of python -m sglang_kevlar.chaos to raise, to hang, and to harm frames of the "
         "shadow.",
         lambda _: None,
     ),
+    "listen": _Flag(
+        "Where worker groups of other hosts join (python -m sglang_kevlar.launch_worker_group --join). Without a "
+        "cluster key only a loopback address.",
+        usable_address,
+        "HOST:PORT",
+    ),
+    "lease": _Flag("Silence of a joined group's host, in seconds, after which it is lost.", _usable_lease),
+    "cluster_key_file": _Flag(
+        "File with the key that all members of the cluster share (python -m sglang_kevlar.cluster.keys). Without it, "
+        f"the environment variable {KEY_ENVIRONMENT}.",
+        _not_empty,
+    ),
+    "peers": _Flag(
+        "All frontends of the same worker groups, this one too, by name, with the address at which each listens; the "
+        "same text at each. They go on with each other's requests that have an Idempotency-Key.",
+        _usable_peers,
+        "NAME=HOST:PORT,...",
+    ),
+    "frontend_name": _Flag("Which of --peers this one is.", usable_name, "NAME"),
+    "host_label": _Flag(
+        "Label of this host, from which shadows are kept apart. Default: its name.", usable_name, "NAME"
+    ),
+    "advertise": _Flag(
+        "Address of this host at which ranks of other hosts reach its ranks. Default: the one from which --join is "
+        "reached, or that of --listen.",
+        _not_empty,
+        "ADDRESS",
+    ),
 }
 
 
-def _option(field: str) -> str:
+def option(field: str) -> str:
     return "--" + field.replace("_", "-")
+
+
+def add_settings(group: argparse._ArgumentGroup, names: Collection[str], defaults: bool = True) -> None:
+    """The flags of these fields of ``KevlarArgs``. Without ``defaults`` what is not given is not in the result."""
+    for field in msgspec.structs.fields(KevlarArgs):
+        if field.name not in names:
+            continue
+        flag = _FLAGS[field.name]
+        default = field.default if defaults else argparse.SUPPRESS
+        if field.default is False:
+            group.add_argument(option(field.name), action="store_true", default=default, help=flag.help)
+            continue
+        kind = str if field.default is None else type(field.default)
+        shown = "" if field.default is None else f" Default: {field.default if kind is str else f'{field.default:g}'}."
+        group.add_argument(
+            option(field.name),
+            type=kind,
+            default=default,
+            metavar=flag.metavar or {int: "N", float: "SECONDS", str: "PATH"}[kind],
+            help=flag.help + (shown if defaults else ""),
+        )
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add our flags to ``parser`` under a heading of their own, defaults from ``KevlarArgs``."""
     group = parser.add_argument_group(GROUP_TITLE, "Worker groups and failover.")
-    for field in msgspec.structs.fields(KevlarArgs):
-        flag = _FLAGS[field.name]
-        if field.default is False:
-            group.add_argument(_option(field.name), action="store_true", help=flag.help)
-            continue
-        kind = str if field.default is None else type(field.default)
-        shown = "" if field.default is None else f" Default: {field.default if kind is str else f'{field.default:g}'}."
-        group.add_argument(
-            _option(field.name),
-            type=kind,
-            default=field.default,
-            metavar=flag.metavar or {int: "N", float: "SECONDS", str: "PATH"}[kind],
-            help=flag.help + shown,
-        )
+    add_settings(group, KevlarArgs.__struct_fields__)
     group.add_argument(
         "--stock",
         action="store_true",
@@ -172,18 +275,17 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _own_options() -> dict[str, bool]:
-    """Option string -> takes a value."""
+def options(names: Collection[str]) -> dict[str, bool]:
+    """Of these fields of ``KevlarArgs``: option string -> takes a value."""
     fields = msgspec.structs.fields(KevlarArgs)
-    return {_option(field.name): field.default is not False for field in fields} | {"--stock": False}
+    return {option(field.name): field.default is not False for field in fields if field.name in names}
 
 
-def _separate(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+def separate(argv: Sequence[str], options: Mapping[str, bool]) -> tuple[list[str], list[str]]:
     """Split ``argv`` into (ours, theirs) by exact option names.
 
     argparse's own ``parse_known_args`` would drop a ``--`` and guess at values of options it does not know.
     """
-    options = _own_options()
     ours: list[str] = []
     theirs: list[str] = []
     index = 0
@@ -210,7 +312,7 @@ def split_args(argv: Sequence[str]) -> tuple[KevlarArgs, list[str]]:
     ``-h``/``--help`` prints both and exits 0; ``--stock`` becomes SGLang's own server and does not return;
     a bad value of ours exits 2 with a message that names the flag, as argparse does.
     """
-    ours, theirs = _separate(argv)
+    ours, theirs = separate(argv, options(KevlarArgs.__struct_fields__) | {"--stock": False})
     if any(token in ("-h", "--help") for token in theirs):
         print_help()
         raise SystemExit(0)
@@ -225,12 +327,20 @@ def split_args(argv: Sequence[str]) -> tuple[KevlarArgs, list[str]]:
     return args, theirs
 
 
+def bad_value(values: Mapping[str, Any]) -> str | None:
+    """What is wrong with one of these values of fields of ``KevlarArgs``."""
+    for field, value in values.items():
+        if message := _FLAGS[field].check(value):
+            return f"argument {option(field)}: {message}"
+    return None
+
+
 def _problem(args: KevlarArgs) -> str | None:
-    for field, flag in _FLAGS.items():
-        value = getattr(args, field)
-        if message := flag.check(value):
-            return f"argument {_option(field)}: {message}"
-    if args.standby_groups >= args.worker_groups:
+    if problem := bad_value(msgspec.structs.asdict(args)):
+        return problem
+    if args.worker_groups == 0 and args.listen is None:
+        return "argument --worker-groups: 0 needs --listen: somebody has to serve"
+    if args.standby_groups >= max(1, args.worker_groups):
         return (
             f"argument --standby-groups: must be less than --worker-groups ({args.worker_groups}), "
             f"got {args.standby_groups}: at least one group has to serve"
@@ -239,6 +349,39 @@ def _problem(args: KevlarArgs) -> str | None:
         return (
             f"argument --restart-backoff-max: must not be less than --restart-backoff "
             f"({args.restart_backoff:g}), got {args.restart_backoff_max:g}"
+        )
+    if (args.peers is None) != (args.frontend_name is None):
+        return "argument --peers: goes with --frontend-name, which says which of them this one is"
+    if args.peers is not None and args.frontend_name is not None:
+        addresses = peer_addresses(args.peers)
+        if args.frontend_name not in addresses:
+            return (
+                f"argument --frontend-name: must be one of --peers ({', '.join(addresses)}), got {args.frontend_name}"
+            )
+        if args.listen is None or args.worker_groups > 0:
+            return (
+                "argument --peers: needs --listen and --worker-groups 0: the frontends share groups that join them all"
+            )
+        for at in addresses.values():
+            if problem := key_problem(args.cluster_key_file, "--peers", at):
+                return problem
+    if args.listen is not None:
+        return key_problem(args.cluster_key_file, "--listen", args.listen)
+    return None
+
+
+def key_problem(key_file: str | None, flag: str, at: str) -> str | None:
+    """Why ``at`` must not be listened on, or joined, with the key that there is."""
+    from sglang_kevlar.cluster import keys
+
+    try:
+        key = keys.load(key_file)
+    except keys.KeyProblem as problem:
+        return f"argument --cluster-key-file: {problem}"
+    if key is None and not keys.is_loopback(address(at)[0]):
+        return (
+            f"argument {flag}: {at} is not a loopback address, which needs a cluster key: --cluster-key-file, or the "
+            f"environment variable {KEY_ENVIRONMENT}"
         )
     return None
 

@@ -19,6 +19,7 @@ from cases import Answer, Case
 from server import Server
 
 from sglang_kevlar import transport
+from sglang_kevlar.cluster import keys
 
 #: tokens that a redirected request may compute again; the rest of its context is in the shadow
 RECOMPUTED = 32
@@ -296,18 +297,22 @@ def test_every_layout_shadows_its_shards(models: Path, tmp_path: Path, model: st
         server.stop()
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tcp", pytest.param("mooncake", marks=pytest.mark.slow)])
 @pytest.mark.timeout(900)
-def test_it_travels_over_mooncake(models: Path, tmp_path: Path) -> None:
-    """Twice, so that a group which came back is written to, and writes."""
+def test_it_travels_by_other_means(models: Path, tmp_path: Path, name: str) -> None:
+    """Twice, so that a group which came back is written to, and writes. Over TCP with a cluster's key."""
     try:
-        transport.require("mooncake")
+        transport.require(name)
     except transport.TransportError as error:
         pytest.skip(str(error))
-    server = Server(models / "llama-f32", tmp_path / "log", "--shadow-transport", "mooncake", env=CHECKS)
+    key = tmp_path / "key"
+    key.touch(0o600)
+    key.write_text(keys.generate())
+    flags = ("--shadow-transport", name, "--cluster-key-file", str(key))
+    server = Server(models / "llama-f32", tmp_path / "log", *flags, env=CHECKS)
     try:
         wait_linked(server)
-        cases = [request(tokens(700, seed), ANSWER) for seed in range(6)]
+        cases = [request(tokens(700, seed), 2 * ANSWER) for seed in range(6)]
         expected = run_all(server, cases)
         for _ in range(2):
             wait_linked(server)
@@ -317,7 +322,8 @@ def test_it_travels_over_mooncake(models: Path, tmp_path: Path) -> None:
             recomputed = [answer.recomputed for answer in answers if answer.redirects]
             assert recomputed and max(recomputed) <= RECOMPUTED, recomputed
         wait_linked(server)
-        assert server.log.read_text(errors="replace").count("KV is not shadowed") == 0
+        log = server.log.read_text(errors="replace")
+        assert log.count("KV is not shadowed") == 0 and log.count("KV is shadowed") == log.count(f" by {name}")
     finally:
         server.stop()
 

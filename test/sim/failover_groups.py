@@ -147,7 +147,7 @@ class SimGroup:
                 self.weights = message[1]
             elif isinstance(message, ShadowPlanReq):
                 assert message.content in ("", str(self.weights)), f"group {self.id} is told of other weights"
-                assert message.target is None or message.target[0] != self.id
+                assert message.target is None or message.target.name != str(self.id)
                 self.plan = message
             else:
                 self.take(message, weights)

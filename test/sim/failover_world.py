@@ -18,6 +18,7 @@ from frontend_fakes import (
     AbortReq,
     BatchStrOutput,
     FakeChannel,
+    FakeGroups,
     VirtualLoop,
     plan,
     run_virtual,
@@ -35,7 +36,7 @@ from sglang_kevlar.frontend.host import Host
 from sglang_kevlar.frontend.outcome import RequestOutcome
 from sglang_kevlar.observability.events import FailoverEvents
 from sglang_kevlar.observability.metrics import NoMetrics
-from sglang_kevlar.protocol.launch import KevlarArgs
+from sglang_kevlar.protocol.launch import KevlarArgs, Paths
 from sglang_kevlar.worker.resume import ResumedGenerateReqInput
 
 STEPS = 500
@@ -84,6 +85,9 @@ class Sim(Host):
         self.pause = 0.0
 
     # -- surroundings of the actor
+
+    def channel(self, group: int, epoch: int, name: str) -> str:
+        return f"{group} {epoch} {name}"
 
     def opened(self, channel: FakeChannel) -> None:
         group = self.groups[channel.group]
@@ -249,7 +253,7 @@ class Sim(Host):
             group.end_epoch()
             group.report("down")
         elif ready and strike("restart by the operator", 0.002, group):
-            self.membership.undrain(group.id)
+            self.membership.group(group.id).draining = False
             self.lose(group, "operator")
         elif ready and strike("hang", 0.004, group):
             group.hung = draw.randrange(2, 12)
@@ -262,10 +266,8 @@ class Sim(Host):
         elif group.channel is not None and strike("input full", 0.001, group):
             group.channel.full = True
         if strike("drain", 0.002, group):
-            if self.membership.group(group.id).draining:
-                self.membership.undrain(group.id)
-            else:
-                self.membership.drain(group.id)
+            known = self.membership.group(group.id)
+            known.draining = not known.draining
             self.failover.route()
 
     def strike(self, kind: str, probability: float, group: SimGroup | None = None) -> bool:
@@ -340,7 +342,7 @@ class Sim(Host):
             assert self.given_out > now - 1, "some were given out, and then no more"
         if actor.router.groups and not actor._pumping:
             assert not actor.hold._redirected, "a redirected request waits while a group serves"
-            if len(actor.router.groups) >= actor._active_groups:
+            if len(actor.router.groups) >= actor._groups.active:
                 assert not actor.hold._new, "a request waits while all groups serve"
 
     def check_bounds(self, now: float) -> None:
@@ -360,11 +362,13 @@ class Sim(Host):
     async def main(self) -> None:
         events = CheckedEvents(NoMetrics(), self.loop.time, self.loop.time)
         events.sim = self
+        groups = FakeGroups(
+            self, self.args, self.kill, self.internal_error, lambda group: self.membership.group(group).draining
+        )
         self.failover = self._actor(
-            host=self, plan=plan(self.args), paths=self, kill=self.kill, internal_error=self.internal_error,
-            is_draining=lambda group: self.membership.group(group).draining, incarnation="i", events=events,
+            host=self, groups=groups, plan=plan(self.args), paths=Paths("run"), incarnation="i", events=events,
             metrics=NoMetrics(),
-        )  # type: ignore[arg-type]  # fmt: skip
+        )  # fmt: skip
         running = self.loop.create_task(self.failover.run())
         try:
             for _ in range(self.steps):
@@ -389,15 +393,15 @@ class Sim(Host):
         """Nothing fails any more: every request comes to its end, and every group serves."""
         self.faults.over = True
         for group in self.groups:
-            self.membership.undrain(group.id)
+            self.membership.group(group.id).draining = False
         self.failover.route()
         end = self.loop.now + QUIET
         actor = self.failover
-        while self.loop.now < end and (actor.requests or len(actor.router.groups) < actor._active_groups):
+        while self.loop.now < end and (actor.requests or len(actor.router.groups) < actor._groups.active):
             await self.one(running)
         assert not self.open, f"never ended: {list(self.open)}"
         assert not self.failover.requests and not len(self.failover.hold) and not len(self.failover.journal)
-        assert len(self.failover.router.groups) == self.failover._active_groups
+        assert len(self.failover.router.groups) == self.failover._groups.active
         await asyncio.sleep(1.0)
         assert len(actor._tasks) <= 2 * len(self.groups), "tasks of closed channels are left"
         for group in self.groups:
@@ -406,7 +410,7 @@ class Sim(Host):
             told = {group.id: group.plan for group in self.groups if group.plan is not None}
             assert len(told) == 3 and all(plan.content == str(self.weights) for plan in told.values())
             for plan in told.values():
-                assert plan.target is not None and self.groups[plan.target[0]].epoch == plan.target[1]
+                assert plan.target is not None and self.groups[int(plan.target.name)].epoch == plan.target.epoch
 
 
 def simulate(
@@ -416,7 +420,6 @@ def simulate(
     sim = Sim(seed, actor, only)
     sim.steps = steps
     with (
-        patch.object(failover_module, "GroupChannel", FakeChannel),
         patch.object(failover_module, "time", sim.loop),
         patch.object(failover_module, "GIVEN_AT_ONCE", failover_module.REQUEST_COST * (1 + seed % 3)),
     ):

@@ -6,12 +6,16 @@ import heapq
 import itertools
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import zmq
 from faults import Faults
+from shadow_pool import LAYOUT
 
-from sglang_kevlar.transport import TransportError
+from forged import BYTES, with_the_same_crc
+from sglang_kevlar.shadow.sockets import is_network
+from sglang_kevlar.transport import TransportError, nothing_along
 
 #: messages that a socket keeps for a reader that does not read
 HIGH_WATER = 12
@@ -42,27 +46,30 @@ class Network:
         self._order = itertools.count()
         self.names = itertools.count()
 
-    def post(self, way: tuple[int, int], data: bytes, arrive: Callable[[bytes], None], kind: str) -> None:
+    def post(self, way: tuple[int, int], parts: list[bytes], arrive: Callable[[list[bytes]], None], kind: str) -> None:
         """``kind``: part of the faults' names."""
         if way in self.cut:
             return
         faults, late = self.faults, 0.0
         if faults.strike(f"{kind} lost", 0.015):
             return
+        part = faults.random.randrange(len(parts))
+        data = parts[part]
         if faults.strike(f"{kind} cut short", 0.004):
             data = data[: faults.random.randrange(len(data))]
-        if faults.strike(f"{kind} damaged", 0.004):
+        if data and faults.strike(f"{kind} damaged", 0.004):
             at = faults.random.randrange(len(data))
             data = data[:at] + bytes([data[at] ^ (1 << faults.random.randrange(8))]) + data[at + 1 :]
+        parts = [*parts[:part], data, *parts[part + 1 :]]
         if faults.strike(f"{kind} delayed", 0.3):
             late = faults.random.choice([0.06, 0.06, 0.2, 1.0])
         if faults.strike(f"{kind} doubled", 0.015):
-            self.later(late + faults.random.choice([0.0, 0.3, 12.0]), lambda: arrive(data))
+            self.later(late + faults.random.choice([0.0, 0.3, 12.0]), lambda: arrive(parts))
         if faults.strike(f"{kind} overtaken", 0.015):
             late += 0.3
-            self.later(late, lambda: arrive(data))
+            self.later(late, lambda: arrive(parts))
         else:
-            self.in_order(way, late, lambda: arrive(data))
+            self.in_order(way, late, lambda: arrive(parts))
 
     def later(self, late: float, arrive: Callable[[], None]) -> None:
         heapq.heappush(self._way, (self.clock.now + late, next(self._order), arrive))
@@ -102,27 +109,34 @@ class StoreSocket:
 
     def send_multipart(self, frames: list[bytes], flags: int) -> None:
         """Like ZMQ's: what cannot be sent is dropped without a word."""
-        peer = self.peers.get(frames[0])
-        if peer is None or peer.closed:
+        name = frames[0]
+        peer = self.peers.get(name)
+        if peer is None or peer.closed or peer.name != name:
             return
         if len(peer.inbox) >= HIGH_WATER:
             self.network.faults.counts["answer dropped at high water"] += 1
             return
-        self.network.post((self.group, peer.group), frames[1], peer.arrive, "answer")
+        self.network.post((self.group, peer.group), frames[1:], lambda parts: peer.arrive(name, parts), "answer")
 
 
 class SourceSocket:
-    """DEALER: a source's end."""
+    """DEALER: a source's end. Over TCP its connection may break; then it has another one, and another name."""
 
     def __init__(self, network: Network, group: int, endpoint: str) -> None:
         self.network, self.group, self.endpoint = network, group, endpoint
-        self.name = f"socket{next(network.names)}".encode()
+        self.name = self._new_name()
+        #: what went along with the last parcel
+        self._along: list[bytes] = []
         self.inbox: deque[bytes] = deque()
         self.closed = False
         #: sent and not read over there
         self.unread = 0
 
-    def send(self, data: bytes, flags: int) -> None:
+    def _new_name(self) -> bytes:
+        return f"socket{next(self.network.names)}".encode()
+
+    def send_multipart(self, parts: list[Any], flags: int, copy: bool) -> None:
+        message = [bytes(part) for part in parts]
         store = self.network.stores.get(self.endpoint)
         if self.unread >= HIGH_WATER:
             self.network.faults.counts["store does not read"] += 1
@@ -130,16 +144,27 @@ class SourceSocket:
         if store is None:
             return
 
-        def arrive(data: bytes) -> None:
-            store.peers[self.name] = self
-            self.unread += 1
-            store.inbox.append([self.name, data])
+        faults, name = self.network.faults, self.name
+        if is_network(self.endpoint):
+            if faults.strike("connection broken", 0.006):
+                # In the middle of this message. What else is on its way, either way, is lost, too.
+                self.name = self._new_name()
+                return
+            if len(message) > 1 and self._along and faults.strike("bytes of an older parcel", 0.006):
+                message[1:] = self._along
+            self._along = message[1:] or self._along
 
-        self.network.post((self.group, store.group), data, arrive, "frame")
+        def arrive(parts: list[bytes]) -> None:
+            if self.name == name:
+                store.peers[name] = self
+                self.unread += 1
+                store.inbox.append([name, *parts])
 
-    def arrive(self, data: bytes) -> None:
-        if not self.closed:
-            self.inbox.append(data)
+        self.network.post((self.group, store.group), message, arrive, "frame")
+
+    def arrive(self, name: bytes, parts: list[bytes]) -> None:
+        if not self.closed and self.name == name:
+            self.inbox += parts
 
     def recv(self, flags: int) -> bytes:
         if not self.inbox:
@@ -150,8 +175,33 @@ class SourceSocket:
         self.closed = True
 
 
+class Ends:
+    """`shadow.sockets.Network` of one rank."""
+
+    def __init__(self, listen: Callable[[str], StoreSocket], dial: Callable[[str], SourceSocket], place: str) -> None:
+        self._listen, self._dial, self._place = listen, dial, place
+
+    def listen(self, host: str, largest: int) -> tuple[StoreSocket, str]:
+        endpoint = over_tcp(self._place)
+        return self._listen(endpoint), endpoint
+
+    def dial(self, endpoint: str, unread: int) -> SourceSocket:
+        return self._dial(endpoint)
+
+
+def over_tcp(place: str) -> str:
+    """``place``: the endpoint of the same rank's file."""
+    return f"tcp://{place}"
+
+
 class Windows:
-    """A transport whose ends are different memory, as with Mooncake: writes fail, are lost or damaged, come late."""
+    """A transport whose ends are different memory, as with Mooncake: writes fail, are lost or damaged, come late, or
+    are somebody else's.
+    """
+
+    name = "shm"
+    authentic = False
+    push_bytes = 1 << 20
 
     def __init__(self, network: Network) -> None:
         self._network = network
@@ -182,6 +232,11 @@ class Windows:
             return
         if faults.strike("write damaged", 0.01):
             data[faults.random.randrange(size)] ^= 1 << faults.random.randrange(8)
+        if faults.strike("write forged", 0.01):
+            forged = with_the_same_crc(
+                data[: LAYOUT.block_bytes].tobytes(), faults.random.randrange(LAYOUT.block_bytes - BYTES)
+            )
+            data[: LAYOUT.block_bytes] = np.frombuffer(forged, np.uint8)
         if faults.strike("write late", 0.01):
             self._network.later(faults.random.choice([0.1, 1.0, 15.0]), write)
             return
@@ -210,6 +265,10 @@ class OutgoingWindow:
 class IncomingWindow:
     def __init__(self, windows: Windows, name: str, memory: np.ndarray) -> None:
         self._windows, self.descriptor, self.bytes = windows, name, memory
+
+    def read(self, offset: int, size: int, along: bytes | None) -> np.ndarray:
+        nothing_along(along)
+        return self.bytes[offset : offset + size]
 
     def close(self) -> None:
         self._windows.spare(self.descriptor, self.bytes)

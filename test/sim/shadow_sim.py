@@ -16,16 +16,18 @@ from typing import Any
 from unittest.mock import patch
 
 from faults import Faults
-from shadow_network import Clock, Network, SourceSocket, StoreSocket, Windows
+from shadow_network import Clock, Ends, Network, SourceSocket, StoreSocket, Windows, over_tcp
 from shadow_pool import BLOCK, LAYOUT, as_block
 from shadow_rank import LONGEST, ROWS, Request, SimRank
 
 from frontend_fakes import plan, tokenized
 from sglang_kevlar.control.shadow_keys import KeyChain, root_key
+from sglang_kevlar.control.shadow_partners import Place
 from sglang_kevlar.frontend.shadows import ShadowPlans
 from sglang_kevlar.protocol.launch import KevlarArgs
 from sglang_kevlar.shadow import export, lookup, promote, sender, server, store
 from sglang_kevlar.shadow import rank as rank_module
+from sglang_kevlar.transport import choose
 
 GROUPS = 3
 STEPS = 300
@@ -51,11 +53,21 @@ class ShadowWorld:
         self.clock = Clock()
         self.network = Network(self.faults, self.clock)
         self.windows = Windows(self.network)
-        # In blocks: from a store that loses something all the time to one with room for everything.
-        self.capacity = self.faults.random.choice([6, 16, 40])
+        #: groups on another host than the rest
+        self.far: set[int] = self.faults.random.choice([set(), {2}, {0, 2}])
+        # In blocks: from a store that loses something all the time to one with room for everything. One that keeps the
+        # shadows of two groups has room for a request of each, or it would never be whole.
+        self.capacity = self.faults.random.choice([24, 40] if self.far else [6, 16, 40])
         memory = self.capacity * LAYOUT.block_bytes / 2**30
-        self.plan = plan(KevlarArgs(worker_groups=GROUPS, shadow_memory=memory, shadow_min_context=BLOCK))
-        self.plans = ShadowPlans(GROUPS)
+        self.plan = plan(
+            KevlarArgs(
+                worker_groups=GROUPS,
+                shadow_memory=memory,
+                shadow_min_context=BLOCK,
+                advertise="this host" if self.far else None,
+            )
+        )
+        self.plans = ShadowPlans(self.plan, self)  # type: ignore[arg-type]
         self.draining: set[int] = set()
         self.weights = 0
         self.updating = 0
@@ -64,7 +76,7 @@ class ShadowWorld:
         self.down: dict[int, int] = dict.fromkeys(range(GROUPS), 1)
         #: bytes of every block that was ever computed, by key
         self.truth: dict[bytes, bytes] = {}
-        #: the group whose sender runs just now
+        #: the group that starts or whose threads run just now
         self.stepped = 0
         self.requests = self.promotions = 0
         self.trace: list[str] = []
@@ -78,7 +90,22 @@ class ShadowWorld:
         return ""
 
     def listen(self, endpoint: str) -> Any:
-        return StoreSocket(self.network, int(endpoint.split()[0]), endpoint)
+        return StoreSocket(self.network, self.stepped, endpoint)
+
+    def dial(self, endpoint: str) -> Any:
+        return SourceSocket(self.network, self.stepped, endpoint)
+
+    def ends(self, key: Any) -> Ends:
+        group = self.stepped
+        return Ends(self.listen, self.dial, self.channel(group, self.epochs[group], ""))
+
+    def transport(self, name: str, host: str) -> Any:
+        return self.windows if name == Windows.name else choose(name, host)
+
+    def place(self, group: int) -> Place:
+        endpoint = over_tcp(self.channel(group, self.epochs[group], ""))
+        far = group in self.far
+        return Place(str(group), "far" if far else "", not far, endpoints=(endpoint,) if self.far else ())
 
     def learn(self, weights: int, req: Request) -> None:
         """KV of one weight version alone has been computed."""
@@ -100,6 +127,7 @@ class ShadowWorld:
     def start_group(self, group: int) -> None:
         del self.down[group]
         self.epochs[group] += 1
+        self.stepped = group
         self.ranks[group] = SimRank(self, group, self.epochs[group])
         self.say(f"group {group} starts, epoch {self.epochs[group]}")
         self.tell()
@@ -108,7 +136,9 @@ class ShadowWorld:
         dead = self.ranks.pop(group)
         heir = self.plans.targets.get(group)
         dead.end()
-        del self.network.stores[self.channel(group, dead.epoch, "")]
+        place = self.channel(group, dead.epoch, "")
+        del self.network.stores[place]
+        self.network.stores.pop(over_tcp(place), None)
         self.down[group] = self.faults.random.randrange(1, 30)
         self.say(f"group {group} dies")
         self.tell()
@@ -118,7 +148,10 @@ class ShadowWorld:
 
     def tell(self) -> None:
         """Who shadows to whom, as the frontend says it."""
-        channels: Any = [SimpleNamespace(group=group, epoch=rank.epoch) for group, rank in self.ranks.items()]
+        channels: Any = [
+            SimpleNamespace(group=group, epoch=rank.epoch, place=self.place(group))
+            for group, rank in self.ranks.items()
+        ]
         content = "" if self.updating else str(self.weights)
         for channel, news in self.plans.news(channels, self.draining, content):
             self.ranks[channel.group].inbox.append(news)
@@ -277,7 +310,7 @@ class ShadowWorld:
         for group, rank in self.ranks.items():
             target = self.ranks[self.plans.targets[group]]
             link = rank.sender.link
-            if link is None or rank.sender._queue or link.oldest is not None or not self.network.quiet:
+            if link is None or rank.sender._queue or link.in_flight_tokens or not self.network.quiet:
                 return f"group {group} is not done"
             believed = [key for key in link.known if key not in target.store]
             if believed:
@@ -296,14 +329,14 @@ def simulate(seed: int, only: frozenset[str] | None = None, steps: int = STEPS) 
         for module in (sender, server, store, rank_module, lookup, export):
             stack.enter_context(patch.object(module, "time", world.clock))
         replacements = [
-            (sender, "dial", lambda endpoint: SourceSocket(world.network, world.stepped, endpoint)),
-            (server, "listen", world.listen),
+            (rank_module, "Network", world.ends),
+            (rank_module, "listen", world.listen),
             (sender, "WINDOW_BYTES", 0),
             (export, "DECODE_INTERVAL", 1),
             (promote, "evict_from_tree_cache", lambda tree, tokens: tree.evict(tokens)),
             (rank_module, "ShadowSender", Stepped),
             (rank_module, "ShadowServer", SteppedServer),
-            (rank_module, "choose", lambda name, host: world.windows),
+            (rank_module, "choose", world.transport),
         ]
         for module, name, value in replacements:
             stack.enter_context(patch.object(module, name, value))

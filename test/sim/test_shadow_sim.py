@@ -9,6 +9,7 @@ import contextlib
 import logging
 import re
 import secrets
+import zlib
 from typing import Any
 
 import pytest
@@ -37,7 +38,7 @@ def test_what_is_found_is_true_and_a_shadow_becomes_whole():
     worlds = [simulate(seed) for seed in range(SEEDS)]
     assert all(world.faults.counts.total() for world in worlds)
     assert sum(world.promotions for world in worlds) > 8 * SEEDS, "what is judged"
-    assert len({kind for world in worlds for kind in world.faults.counts}) >= 28, "kinds of faults"
+    assert len({kind for world in worlds for kind in world.faults.counts}) >= 31, "kinds of faults"
 
 
 def test_fresh_seeds():
@@ -80,6 +81,18 @@ class Whatever(int):
     __hash__ = int.__hash__
 
 
+class Anything(bytes):
+    """A digest that is any other."""
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    def __ne__(self, other: object) -> bool:
+        return False
+
+    __hash__ = bytes.__hash__
+
+
 OTHER_KV = "holds other KV|cached KV is not"
 NOT_WHOLE = "believes|does not become whole"
 
@@ -102,6 +115,34 @@ def test_a_checksum_that_is_not_looked_at_is_noticed(monkeypatch):
     caught("cached KV is not")
 
 
+def test_a_digest_that_is_not_looked_at_is_noticed(monkeypatch):
+    monkeypatch.setattr(store, "digest", lambda block: Anything())
+    caught(OTHER_KV)
+
+
+def test_bytes_of_another_parcel_that_nobody_compares_are_noticed(monkeypatch):
+    """They come along with a message that is right."""
+    monkeypatch.setattr(store, "digest", lambda block: Anything())
+    monkeypatch.setattr(store, "zlib", type("", (), {"crc32": staticmethod(lambda data: Whatever(zlib.crc32(data)))}))
+    monkeypatch.setattr(ShadowWorld, "look", lambda self: None)
+    caught(OTHER_KV)
+
+
+def test_a_broken_connection_that_nobody_is_told_of_is_noticed(monkeypatch):
+    """Frames go on under another name, and their sender believes them to be taken."""
+    real = ShadowServer._in_session
+
+    def in_session(self: ShadowServer, peer: Any, message: Any, *along: Any) -> None:
+        moved = next((old for old, s in self._sessions.items() if s.hello.session == message.session), None)
+        if moved is not None and moved != peer:
+            session = self._sessions[peer] = self._sessions.pop(moved)
+            session.next_sequence = message.sequence
+        real(self, peer, message, *along)
+
+    monkeypatch.setattr(ShadowServer, "_in_session", in_session)
+    caught(NOT_WHOLE, seeds=150)
+
+
 def test_a_sequence_number_that_is_not_counted_up_is_noticed(monkeypatch):
     monkeypatch.setattr(ShadowSender, "_next_sequence", lambda self: self._sent_sequence)
     caught("does not become whole")
@@ -110,11 +151,11 @@ def test_a_sequence_number_that_is_not_counted_up_is_noticed(monkeypatch):
 def test_a_lost_frame_that_nobody_misses_is_noticed(monkeypatch):
     real = ShadowServer._in_session
 
-    def in_session(self: ShadowServer, peer: bytes, message: Any) -> None:
+    def in_session(self: ShadowServer, peer: Any, message: Any, *along: Any) -> None:
         session = self._sessions.get(peer)
         if session is not None and message.sequence > session.next_sequence:
             session.next_sequence = message.sequence
-        real(self, peer, message)
+        real(self, peer, message, *along)
 
     monkeypatch.setattr(ShadowServer, "_in_session", in_session)
     caught(NOT_WHOLE)
@@ -141,7 +182,7 @@ def test_a_session_with_a_target_that_was_started_anew_is_noticed(monkeypatch):
     real = ShadowSender._step
 
     def step(self: ShadowSender) -> None:
-        if self._wanted is not None and self._target is not None and self._wanted.group == self._target.group:
+        if self._wanted is not None and self._target is not None and self._wanted.name == self._target.name:
             self._wanted = self._target
         real(self)
 

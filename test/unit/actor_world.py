@@ -12,6 +12,7 @@ from frontend_fakes import (
     AbortReq,
     BatchStrOutput,
     FakeChannel,
+    FakeGroups,
     VirtualLoop,
     plan,
     run_virtual,
@@ -25,7 +26,7 @@ from sglang_kevlar.frontend.failover import Failover, Host
 from sglang_kevlar.frontend.outcome import RequestOutcome
 from sglang_kevlar.observability.events import FailoverEvents
 from sglang_kevlar.observability.metrics import NoMetrics
-from sglang_kevlar.protocol.launch import KevlarArgs
+from sglang_kevlar.protocol.launch import KevlarArgs, Paths
 from sglang_kevlar.worker.resume import ShadowPlanReq
 
 ARGS = KevlarArgs(worker_groups=2, hold_timeout=10.0, hold_queue=2)
@@ -52,11 +53,20 @@ class World(Host):
         self.serving: dict[int, bool] = {}
         metrics = NoMetrics()
         metrics.group = lambda group, *, ready, epoch: self.serving.update({group: ready})  # type: ignore[method-assign]
+        self.groups = FakeGroups(
+            self,
+            args,
+            kill=lambda *kill: self.killed.append(kill),
+            internal_error=lambda *group: self.errors.append(group),
+            is_draining=self.draining.__contains__,
+        )
         self.actor = Failover(
-            host=self, plan=plan(args), paths=self, kill=lambda *kill: self.killed.append(kill),
-            internal_error=lambda *group: self.errors.append(group), is_draining=self.draining.__contains__,
+            host=self, groups=self.groups, plan=plan(args), paths=Paths("run"),
             incarnation="i", events=FailoverEvents(metrics, loop.time, loop.time), metrics=metrics,
-        )  # type: ignore[arg-type]  # fmt: skip
+        )  # fmt: skip
+
+    def channel(self, group: int, epoch: int, name: str) -> str:
+        return f"{group} {epoch} {name}"
 
     def opened(self, channel: FakeChannel) -> None:
         self.inputs[channel.group] = []
@@ -142,6 +152,5 @@ def play(script: Callable[[World], Coroutine[Any, Any, None]], args: KevlarArgs 
         world.actor.journal.check()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(failover_module, "GroupChannel", FakeChannel)
         patch.setattr(failover_module, "time", loop)
         run_virtual(loop, main())

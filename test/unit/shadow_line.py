@@ -15,7 +15,7 @@ from sglang_kevlar.shadow import server as server_module
 from sglang_kevlar.transport import Transport, TransportError, choose, require
 from sglang_kevlar.transport import shared_memory as shm_module
 
-TRANSPORTS = ("shm", "mooncake")
+TRANSPORTS = ("shm", "tcp", "mooncake")
 WINDOW = 8 * LAYOUT.block_bytes
 
 
@@ -61,7 +61,8 @@ class World:
         return [name for name in os.listdir(shm_module.DIRECTORY) if self.launch in name]
 
     def end(self) -> None:
-        for made in reversed(self._made):
+        while self._made:
+            made = self._made.pop()
             made.close() if isinstance(made, Peer) else made.stop()
         assert self.windows() == []
         if self.transport_name == "mooncake":

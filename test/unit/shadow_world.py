@@ -7,6 +7,7 @@ import time
 import zlib
 from array import array
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -15,7 +16,7 @@ import torch
 import zmq
 
 from sglang_kevlar.platform import torchvision_shim
-from sglang_kevlar.shadow.sockets import frame, unframe
+from sglang_kevlar.shadow.sockets import Network, dial, frame, listen, unframe
 
 torchvision_shim.install()
 
@@ -33,9 +34,9 @@ from sglang_kevlar.protocol.shadow import (  # noqa: E402
 )
 from sglang_kevlar.shadow.pool import Staged  # noqa: E402
 from sglang_kevlar.shadow.sender import Piece, ShadowSender, Target  # noqa: E402
-from sglang_kevlar.shadow.server import ShadowServer  # noqa: E402
+from sglang_kevlar.shadow.server import Port, ShadowServer  # noqa: E402
 from sglang_kevlar.shadow.store import ShadowStore  # noqa: E402
-from sglang_kevlar.transport import Transport  # noqa: E402
+from sglang_kevlar.transport import Transport, digest  # noqa: E402
 
 if TYPE_CHECKING:
     from sglang_kevlar.shadow.rank import Line
@@ -108,6 +109,7 @@ class Source:
         epoch: int = 1,
         bandwidth: float = 0.0,
         line: Line | None = None,
+        network: Network | None = None,
     ) -> None:
         """``line``: instead of the plain one."""
         self.counters = ShadowCounters()
@@ -115,16 +117,18 @@ class Source:
         self.windows = 0
         self.group, self.epoch = group, epoch
         self._launch = launch
+        self._transport = transport if line is None else line.transport(transport)
+        network = Network(None) if network is None else network
         self.sender = ShadowSender(
-            group,
+            launch,
+            str(group),
             epoch,
             LAYOUT,
             bandwidth,
-            transport if line is None else line.transport(transport),
+            network.dial if line is None else partial(line.dial, network),
             self._window,
             self.counters,
             self.counters_file,
-            None if line is None else line.dial,
         )
         #: the longest that the scheduler was held up, in CPU time: others use this machine too
         self.slowest = 0.0
@@ -135,8 +139,10 @@ class Source:
         self.windows += 1
         return window_name(self._launch, self.group, self.epoch, 0, self.windows)
 
-    def to(self, store: Store | Proxy | None, epoch: int = 1) -> Source:
-        self.sender.retarget(None if store is None else Target(9, epoch, store.endpoint))
+    def to(self, store: Store | Proxy | None, epoch: int = 1, endpoint: str = "") -> Source:
+        """``endpoint``: another way to the store."""
+        target = None if store is None else Target("9", epoch, endpoint or store.endpoint, self._transport)
+        self.sender.retarget(target)
         return self
 
     def linked(self) -> Source:
@@ -153,7 +159,7 @@ class Source:
         last = min(len(keys), first + self.sender.room())
         if first < last:
             staged = Staged([torch.from_numpy(part) for part in rows_of(keys[first:last])])
-            piece_blocks = max(1, self.sender.window_bytes // 4 // LAYOUT.block_bytes)
+            piece_blocks = self.sender.piece_blocks
             for start in range(first, last, piece_blocks):
                 end = min(last, start + piece_blocks)
                 parent = keys[start - 1] if start else None
@@ -187,11 +193,17 @@ class Store:
         capacity: int = 64,
         start: bool = True,
         readers: int = 1,
+        network: Network | None = None,
     ) -> None:
+        """``network``: also over TCP, and reached there; ``file`` is where ranks of its launch do."""
         self.counters = ShadowCounters()
-        self.endpoint = f"ipc://{directory}/{name}"
+        self.file = self.endpoint = f"ipc://{directory}/{name}"
+        ports = [Port(listen(self.file), [transport])]
+        if network is not None:
+            socket, self.endpoint = network.listen("127.0.0.1", 1 << 20)
+            ports.append(Port(socket, [transport], local=False))
         self.store = ShadowStore(capacity, LAYOUT.block_bytes, readers)
-        self.server = ShadowServer(self.endpoint, LAYOUT, self.store, transport, self.counters)
+        self.server = ShadowServer(ports, LAYOUT, self.store, self.counters)
         self._started = False
         if start:
             self.start()
@@ -224,25 +236,36 @@ class Peer:
     """Somebody who speaks the protocol by hand."""
 
     def __init__(
-        self, store: Store, launch: str, transport: Transport, group: int = 0, epoch: int = 1, size: int = 4096
+        self,
+        store: Store,
+        launch: str,
+        transport: Transport,
+        group: int = 0,
+        epoch: int = 1,
+        size: int = 4096,
+        network: Network | None = None,
     ) -> None:
-        self._socket = zmq.Context.instance().socket(zmq.DEALER)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.connect(store.endpoint)
+        self._socket = dial(store.file) if network is None else network.dial(store.endpoint)
+        self._transport = transport
         self.session = window_name(launch, group, epoch, 0, time.monotonic_ns())
         self.window = transport.offer(self.session, size)
         self._accepted = False
+        #: by parcel: what goes along with it
+        self._along: dict[int, bytes] = {}
         self.hello = Hello(
             session=self.session,
-            group=group,
+            launch=launch,
+            group=str(group),
             epoch=epoch,
             layout=LAYOUT,
+            transport=transport.name,
             window=self.window.descriptor,
             window_bytes=size,
         )
 
     def say(self, message: ToStore) -> None:
-        self.raw(frame(message))
+        along = self._along.pop(message.sequence, None) if isinstance(message, Parcel) else None
+        self.raw(frame(message), *([] if along is None else [along]))
 
     def raw(self, *frames: bytes) -> None:
         self._socket.send_multipart(frames)
@@ -267,8 +290,8 @@ class Peer:
         for position, key in enumerate(keys):
             start = offset + position * LAYOUT.block_bytes
             self.window.bytes[start : start + LAYOUT.block_bytes] = content(key)
-        if self._accepted:
-            self.window.push(offset, len(keys) * LAYOUT.block_bytes)
+        if self._accepted and (along := self.window.push(offset, len(keys) * LAYOUT.block_bytes)) is not None:
+            self._along[number] = bytes(along)
         crcs = [zlib.crc32(content(key).data) for key in keys]
         parcel = Parcel(
             session=self.session,
@@ -279,6 +302,7 @@ class Peer:
             crcs=crcs,
             tokens=tokens_of(keys),
             origin=ORIGIN,
+            digests=[] if self._transport.authentic else [digest(content(key).data) for key in keys],
         )
         return msgspec.structs.replace(parcel, **changes)
 
@@ -292,9 +316,11 @@ class Proxy:
 
     def __init__(self, directory: Any, store: Store) -> None:
         self.endpoint = f"ipc://{directory}/proxy"
-        self._behind = store.endpoint
+        self._behind = store.file
         #: message, and as it came; returns what is passed on
         self.harm: Callable[[Any, bytes], list[bytes]] = lambda message, data: [data]
+        #: what came along with a parcel; returns what goes along with it
+        self.harm_along: Callable[[bytes], list[bytes]] = lambda along: [along]
         self.seen: list[Any] = []
         self._stopping = False
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -331,15 +357,14 @@ class Proxy:
                     name = next(name for name, other in behind.items() if other is socket)
                     front.send_multipart([name, socket.recv()])
                     continue
-                name, data = front.recv_multipart()
+                name, data, *along = front.recv_multipart()
                 if name not in behind:
-                    behind[name] = context.socket(zmq.DEALER)
-                    behind[name].connect(self._behind)
+                    behind[name] = dial(self._behind)
                     poller.register(behind[name], zmq.POLLIN)
                 message = unframe(data, msgspec.msgpack.Decoder(ToStore))
                 self.seen.append(message)
                 for part in self.harm(message, data):
-                    behind[name].send(part)
+                    behind[name].send_multipart([part, *(self.harm_along(along[0]) if along else [])])
         for socket in [front, *behind.values()]:
             socket.close(linger=0)
 

@@ -33,8 +33,9 @@ def main():
     open(f"/dev/shm/sglang_loads_kevlar-LAUNCH_ID-g{group}e{epoch}_{name}.shm", "w").close()
     def say(**message):
         os.write(ready_fd, json.dumps(message).encode() + b"\\n")
+    more = {}
     exec(open(f"{run_dir}/{name}.py").read(), {**globals(), **locals()})
-    say(status="ready", max_req_input_len=7)
+    say(status="ready", max_req_input_len=7, **more)
     time.sleep(1000)
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import zmq
 import zmq.asyncio
 
 from frontend_fakes import AbortReq
+from sglang_kevlar.control.shadow_partners import Place
 from sglang_kevlar.frontend import channels
 from sglang_kevlar.frontend.channels import GroupChannel
 from sglang_kevlar.protocol.launch import Paths
@@ -21,7 +22,7 @@ def test_a_channel_keeps_a_message_until_it_is_taken_and_drains_it_first():
         context = zmq.asyncio.Context()
         with tempfile.TemporaryDirectory() as directory:
             paths = Paths(directory)
-            channel = GroupChannel(context, paths, 0, 1, 10)
+            channel = GroupChannel(context, paths, 0, 1, 10, Place("0"))
             group = zmq.Context().socket(zmq.PUSH)
             group.connect(paths.channel(0, 1, "tokenizer"))
             for number in range(3):
@@ -48,12 +49,12 @@ def test_waiting_for_a_connection_ends_with_the_channel():
         context = zmq.asyncio.Context()
         with tempfile.TemporaryDirectory() as directory:
             paths = Paths(directory)
-            channel = GroupChannel(context, paths, 0, 1, 10)
+            channel = GroupChannel(context, paths, 0, 1, 10, Place("0"))
             waits = asyncio.ensure_future(channel.connected())
             await asyncio.sleep(0.1)
             channel.close()
             assert await asyncio.wait_for(waits, 5) is False
-            channel = GroupChannel(context, paths, 0, 2, 10)
+            channel = GroupChannel(context, paths, 0, 2, 10, Place("0"))
             group = zmq.Context().socket(zmq.PULL)
             group.connect(paths.channel(0, 2, "scheduler"))
             assert await channel.connected()
@@ -68,7 +69,7 @@ def test_a_group_that_never_connects(monkeypatch):
 
     async def main() -> None:
         with tempfile.TemporaryDirectory() as directory:
-            channel = GroupChannel(zmq.asyncio.Context(), Paths(directory), 0, 1, 10)
+            channel = GroupChannel(zmq.asyncio.Context(), Paths(directory), 0, 1, 10, Place("0"))
             assert not await channel.connected()
             with pytest.raises(channels.ChannelFull):
                 channel.send(SimpleNamespace)

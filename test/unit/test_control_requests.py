@@ -61,7 +61,9 @@ class World:
         return True
 
     def channel(self, group: int, epoch: int = 1, up_to_date: bool = True) -> Any:
-        self.channels[group] = SimpleNamespace(group=group, epoch=epoch, up_to_date=up_to_date, closed=False)
+        self.channels[group] = SimpleNamespace(
+            group=group, epoch=epoch, up_to_date=up_to_date, closed=False, remote=False, refusal=lambda request: None
+        )
         return self.channels[group]
 
     def lose(self, group: int) -> None:

@@ -151,7 +151,7 @@ def test_supervisor_exit_is_a_loss():
 
 def test_drain_stays_through_restarts():
     membership = ready()
-    membership.drain(0)
+    membership.group(0).draining = True
     assert membership.group(0).state == "draining"
     events = membership.declare_lost(0, 1, "restart", 101, planned=True)
     assert lost(events).kind == "operator"
@@ -160,13 +160,13 @@ def test_drain_stays_through_restarts():
     assert membership.group(0).state == "down"
     membership.on_report(report(2, "ready"), 102)
     assert membership.group(0).state == "draining"
-    membership.undrain(0)
+    membership.group(0).draining = False
     assert membership.group(0).state == "ready"
 
 
 def test_a_draining_group_is_still_watched():
     membership = ready()
-    membership.drain(0)
+    membership.group(0).draining = True
     assert lost(membership.on_process_exit(0, 1, "rank0", 101)).kind == "exit"
 
 

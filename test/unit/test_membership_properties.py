@@ -59,7 +59,7 @@ def apply(membership: Membership, step: tuple, now: float) -> list:
     if kind == "declare_lost":
         return membership.declare_lost(*rest, "because", now)
     if kind in ("drain", "undrain"):
-        getattr(membership, kind)(*rest)
+        membership.group(*rest).draining = kind == "drain"
         return []
     if kind == "repeat":
         group, epoch, obs, times = rest

@@ -42,7 +42,7 @@ def test_every_metric_is_exported(tmp_path: Path) -> None:
         + """
 m.failover(0, "signal", 0.02); m.redirect(0); m.redirect(0); m.resumed(0.03, 500, 70); m.refused("no_group")
 m.hold(1.5); m.held(3); m.group(0, ready=False, epoch=4); m.group(1, ready=True, epoch=2)
-from sglang_kevlar.frontend.shadow_status import ShadowReader
+from sglang_kevlar.frontend.shadow_status import ShadowReader, gauges
 from sglang_kevlar.protocol.shadow import ShadowCounters
 from types import SimpleNamespace
 import msgspec, os
@@ -50,7 +50,7 @@ file_name = os.environ["PROMETHEUS_MULTIPROC_DIR"] + "/counters"
 paths = SimpleNamespace(shadow_counters=lambda *at: file_name)
 with open(file_name, "wb") as file:
     file.write(msgspec.json.encode(ShadowCounters(lag_tokens=9, lag_ms=250.0, token_bytes=4, lookups=3, hits=2)))
-m.shadow(1, ShadowReader(SimpleNamespace(tp_size=1, pp_size=1), paths).gauges(1, 2))
+m.shadow(1, gauges(ShadowReader(SimpleNamespace(tp_size=1, pp_size=1), paths).status(1, 2)))
 """,
         tmp_path,
     )

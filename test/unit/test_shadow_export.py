@@ -34,6 +34,7 @@ class Sender:
     def __init__(self) -> None:
         self.link: ShadowLink | None = ShadowLink(1 << 20)
         self.window_bytes = 64 * BLOCK * Rows.token_bytes
+        self.piece_blocks = 16
         self.blocks = 1000
         self.waiting_tokens = 0
         #: by key: the slots of the block

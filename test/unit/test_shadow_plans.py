@@ -4,29 +4,51 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
-import frontend_fakes  # noqa: F401  (before sglang)
-from sglang_kevlar.control.shadow_partners import partners
+from frontend_fakes import plan  # before sglang
+from sglang_kevlar.control.shadow_partners import Place, partners
 from sglang_kevlar.frontend.shadows import ShadowPlans
+from sglang_kevlar.protocol.launch import KevlarArgs, Paths
+from sglang_kevlar.protocol.shadow import ShadowTarget
+
+ACTIVE = 3
 
 
 @dataclass(frozen=True)
 class Channel:
     group: int
     epoch: int
+    place: Place
 
 
-def told(plans: ShadowPlans, epochs: dict[int, int], draining=(), content: str = "w") -> dict:
-    """(content, target) by (group, epoch) of those that are told something."""
-    news = plans.news([Channel(group, epoch) for group, epoch in epochs.items()], draining, content)
+def channel(group: int, epoch: int, active: int = ACTIVE) -> Channel:
+    return Channel(group, epoch, Place(str(group), standby=group >= active))
+
+
+def plans_of(active: int = ACTIVE, **flags: Any) -> ShadowPlans:
+    args = KevlarArgs(worker_groups=5, standby_groups=5 - active, **flags)
+    return ShadowPlans(plan(args), Paths("/run"))
+
+
+def told(plans: ShadowPlans, epochs: dict[int, int], draining=(), content: str = "w", active: int = ACTIVE) -> dict:
+    """(content, target's group and epoch) by (group, epoch) of those that are told something."""
+    news = plans.news([channel(group, epoch, active) for group, epoch in epochs.items()], draining, content)
     assert len({channel for channel, _ in news}) == len(news)
-    return {(channel.group, channel.epoch): (plan.content, plan.target) for channel, plan in news}
+    return {(channel.group, channel.epoch): (plan.content, as_pair(plan.target)) for channel, plan in news}
+
+
+def as_pair(target: ShadowTarget | None) -> tuple[int, int] | None:
+    if target is None:
+        return None
+    assert target.endpoints == [f"ipc:///run/g{target.name}e{target.epoch}.shadow0"]
+    return int(target.name), target.epoch
 
 
 def test_news_only():
-    plans = ShadowPlans(3)
+    plans = plans_of()
     assert told(plans, {0: 1}) == {(0, 1): ("w", None)}
     assert told(plans, {0: 1}) == {}
     assert told(plans, {0: 1, 1: 1}) == {(0, 1): ("w", (1, 1)), (1, 1): ("w", (0, 1))}
@@ -41,7 +63,7 @@ def test_news_only():
 
 
 def test_a_group_that_was_replaced_before_anybody_noticed():
-    plans = ShadowPlans(2)
+    plans = plans_of()
     told(plans, {0: 1, 1: 1})
     assert told(plans, {0: 1, 1: 2}) == {(0, 1): ("w", (1, 2)), (1, 2): ("w", (0, 1))}
     # Also one that is told of again after it was not up to date for a while.
@@ -50,7 +72,7 @@ def test_a_group_that_was_replaced_before_anybody_noticed():
 
 
 def test_while_the_weights_change_there_is_no_content_and_then_another():
-    plans = ShadowPlans(2)
+    plans = plans_of()
     up = {0: 1, 1: 1}
     told(plans, up, content="old")
     assert told(plans, up, content="") == {(0, 1): ("", (1, 1)), (1, 1): ("", (0, 1))}
@@ -64,7 +86,7 @@ def test_while_the_weights_change_there_is_no_content_and_then_another():
 
 
 def test_who_drains_stops_to_keep_shadows_and_keeps_its_own():
-    plans = ShadowPlans(3)
+    plans = plans_of()
     up = {0: 1, 1: 1, 2: 1}
     told(plans, up)
     assert told(plans, up, draining=[1]) == {(0, 1): ("w", (2, 1))}
@@ -73,15 +95,16 @@ def test_who_drains_stops_to_keep_shadows_and_keeps_its_own():
 
 
 def test_standbys():
-    plans = ShadowPlans(2)
-    assert told(plans, {0: 1, 1: 1, 2: 5}) == {(0, 1): ("w", (2, 5)), (1, 1): ("w", (2, 5)), (2, 5): ("w", (0, 1))}
-    assert told(plans, {1: 1, 2: 5}) == {(2, 5): ("w", (1, 1))}
+    plans = plans_of(2)
+    first = told(plans, {0: 1, 1: 1, 2: 5}, active=2)
+    assert first == {(0, 1): ("w", (2, 5)), (1, 1): ("w", (2, 5)), (2, 5): ("w", (0, 1))}
+    assert told(plans, {1: 1, 2: 5}, active=2) == {(2, 5): ("w", (1, 1))}
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_who_acts_on_all_news_knows_the_whole_plan(seed):
     dice = random.Random(seed)
-    plans = ShadowPlans(3)
+    plans = plans_of()
     epochs: dict[int, int] = {}
     next_epoch = 1
     knows: dict[tuple[int, int], tuple] = {}
@@ -96,11 +119,34 @@ def test_who_acts_on_all_news_knows_the_whole_plan(seed):
         if dice.random() < 0.2:
             content = "" if content else f"w{step}"
         draining = {group for group in epochs if dice.random() < 0.1}
+        before = plans.targets
         news = told(plans, epochs, draining, content)
         assert not news.items() & knows.items(), "nothing is told twice"
         knows = {who: what for who, what in {**knows, **news}.items() if who in epochs.items()}
-        targets = partners(epochs, draining, 3)
+        targets = partners({g: channel(g, 1).place for g in epochs}, draining, before)
         assert plans.targets == targets
         for source, epoch in epochs.items():
             target = targets.get(source)
             assert knows[source, epoch] == (content, None if target is None else (target, epochs[target]))
+
+
+def test_others_are_told_where_the_ranks_listen_and_those_of_this_launch_their_files():
+    plans = plans_of()
+    here = Channel(0, 1, Place("0", endpoints=("tcp://a:1",)))
+    beside = Channel(1, 1, Place("1"))
+    there = Channel(7, 3, Place("b7", "b", local=False, endpoints=("tcp://b:1",)))
+    news = {who.group: plan.target for who, plan in plans.news([here, beside, there], [], "w")}
+    assert news == {0: ShadowTarget("b7", 3, ["tcp://b:1"]), 1: news[0], 7: ShadowTarget("0", 1, ["tcp://a:1"])}
+    news = {who.group: plan.target for who, plan in plans.news([here, beside], [], "w")}
+    assert news[0] == ShadowTarget("1", 1, ["ipc:///run/g1e1.shadow0"])
+    # It listens elsewhere now, though its epoch is the same: its launch was another.
+    plans.news([here, there], [], "w")
+    moved = Channel(7, 3, Place("b7", "b", local=False, endpoints=("tcp://b:2",)))
+    assert [plan.target for _, plan in plans.news([here, moved], [], "w")] == [ShadowTarget("b7", 3, ["tcp://b:2"])]
+
+
+def test_with_tcp_for_all_those_of_this_launch_are_told_that_too():
+    plans = plans_of(shadow_transport="tcp")
+    channels = [Channel(group, 1, Place(str(group), endpoints=(f"tcp://a:{group}",))) for group in range(2)]
+    news = {who.group: plan.target for who, plan in plans.news(channels, [], "w")}
+    assert news == {0: ShadowTarget("1", 1, ["tcp://a:1"]), 1: ShadowTarget("0", 1, ["tcp://a:0"])}

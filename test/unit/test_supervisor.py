@@ -30,9 +30,21 @@ def test_reports_ready_with_identities_and_init_info(group: Group) -> None:
     assert [member.name for member in report.members] == ["rank0", "rank1", "detokenizer"]
     assert all(identify(m.pid) == (m.pid, m.start_ticks) for m in report.members)
     assert report.init_info is not None and report.init_info["max_req_input_len"] == 7
+    assert report.shadow_endpoints == []
     assert group.process is not None and report.supervisor.pid == group.process.pid
     # Said again without any change: a frontend that starts late needs nothing else.
     assert group.ready().members == report.members
+
+
+@pytest.mark.parametrize("who", [["rank0", "rank1"], ["rank1"]])
+def test_reports_where_others_reach_the_shadow_stores_of_all_ranks(group: Group, who: list[str]) -> None:
+    for rank in who:
+        group.behave(rank, f"more['shadow_endpoint'] = 'tcp://h:{rank}'")
+    group.start()
+    endpoints = [f"tcp://h:{rank}" if rank in who else "" for rank in ("rank0", "rank1")]
+    assert group.ready().shadow_endpoints == endpoints
+    os.kill(pid_of(group.ready(), "rank0"), signal.SIGKILL)
+    assert group.report(lambda r: r.phase == "down").shadow_endpoints == []
 
 
 @pytest.mark.parametrize("victim", ["rank0", "rank1", "detokenizer"])

@@ -26,7 +26,7 @@ class _Store(msgspec.Struct):
 
 
 class _Shadow(msgspec.Struct):
-    to: int | None = None
+    to: int | str | None = None
     resyncs: int = 0
     store: _Store = msgspec.field(default_factory=_Store)
 
@@ -40,6 +40,9 @@ class Group(msgspec.Struct):
     queued: int = 0
     cause: str = ""
     shadow: _Shadow | None = None
+    name: str = ""
+    #: "local": on the server's host
+    link: str = "local"
 
     @property
     def serves(self) -> bool:

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
-from typing import Literal
 
 import msgspec
 
-from sglang_kevlar.protocol.group import REPORT_INTERVAL
+from sglang_kevlar.protocol.group import REPORT_INTERVAL, LossKind
 from sglang_kevlar.protocol.heartbeat import Heartbeat, Phase
 from sglang_kevlar.protocol.launch import KevlarArgs
 
@@ -35,9 +34,6 @@ SAMPLE_INTERVAL = 0.5
 
 SUPERVISOR = "supervisor"
 _BUSY = (Phase.FORWARD, Phase.CONTROL)
-
-#: "unfit": the frontend cannot use it (does not connect, does not read, cannot be brought up to date)
-LossKind = Literal["exit", "stopped", "hang", "errors", "report", "unfit", "operator"]
 
 
 class CpuTime(msgspec.Struct, frozen=True):

@@ -11,8 +11,8 @@ from typing import Literal
 
 import msgspec
 
-from sglang_kevlar.control.detection import SUPERVISOR, EpochWatch, Loss, LossKind, Observation
-from sglang_kevlar.protocol.group import GroupReport
+from sglang_kevlar.control.detection import SUPERVISOR, EpochWatch, Loss, Observation
+from sglang_kevlar.protocol.group import GroupReport, LossKind
 from sglang_kevlar.protocol.launch import KevlarArgs
 
 Role = Literal["active", "standby"]
@@ -24,6 +24,8 @@ class GroupReady(msgspec.Struct, frozen=True):
     epoch: int
     #: upstream's Scheduler.get_init_info of rank 0
     init_info: dict[str, object]
+    #: see `GroupReport`
+    shadow_endpoints: list[str] = []
 
 
 class GroupLost(msgspec.Struct, frozen=True):
@@ -73,6 +75,7 @@ class Group:
         #: 0 until the first report
         self.epoch = 0
         self.stage: Literal["starting", "ready", "down"] = "starting"
+        #: takes no new requests; stays through restarts. Set by the frontend
         self.draining = False
         #: why the last epoch ended; empty while ready
         self.cause = ""
@@ -143,7 +146,7 @@ class Membership:
         elif report.phase == "ready" and g.stage == "starting":
             g.stage = "ready"
             g.cause = ""
-            events.append(GroupReady(g.id, g.epoch, report.init_info or {}))
+            events.append(GroupReady(g.id, g.epoch, report.init_info or {}, report.shadow_endpoints))
         return events
 
     def on_process_exit(self, group: int, epoch: int, name: str, now: float) -> list[Event]:

@@ -64,11 +64,6 @@ class ShadowLink:
         #: a plain number, because the scheduler's thread reads it while the sender's changes what is in flight
         self.in_flight_tokens = 0
 
-    @property
-    def oldest(self) -> int | None:
-        """Sequence number of the oldest parcel that is not acknowledged."""
-        return self._in_flight[0].sequence if self._in_flight else None
-
     def missing(self, keys: Sequence[bytes], start: int) -> int:
         """The first of ``keys[start:]`` that the target does not have; ``len(keys)`` when it has all."""
         for position in range(start, len(keys)):

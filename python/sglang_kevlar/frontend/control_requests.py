@@ -15,7 +15,7 @@ from sglang.srt.managers.io_struct import (
     UpdateWeightFromDiskReqOutput,
 )
 
-from sglang_kevlar.frontend.channels import GroupChannel
+from sglang_kevlar.frontend.channels import Channel
 from sglang_kevlar.frontend.fan_out import GroupCommunicator, GroupEpoch, reason_of
 from sglang_kevlar.frontend.replay import RunTimeChanges, changes_weights
 from sglang_kevlar.frontend.update_groups import UpdateGroups
@@ -69,6 +69,9 @@ class ControlRequests:
         """
         self._check(request)
         channels = {(c.group, c.epoch): c for c in self._failover.channels.values() if c.up_to_date}
+        for channel in channels.values():
+            if (reason := channel.refusal(request)) is not None:
+                raise HTTPException(400, f"{type(request).__name__}: {reason}")
         messages = self._update_groups.messages(request, channels.keys())
         self._changes.record(request)
         weights = bool(channels) and changes_weights(request)
@@ -126,9 +129,10 @@ class ControlRequests:
 
     # ---- groups that start ---------------------------------------------------------------------------------------
 
-    async def prepare(self, channel: GroupChannel) -> str | None:
+    async def prepare(self, channel: Channel) -> str | None:
         """Replay changes to a group that starts, one by one, also those that come meanwhile. See Host."""
-        if self._changes.has_all(channel.group, channel.epoch):
+        # Of a group on another host the frontend before this one had another count.
+        if not channel.remote and self._changes.has_all(channel.group, channel.epoch):
             return None  # it served the frontend before this one
         applied: list[Any] = []
         while not channel.closed:
@@ -139,7 +143,8 @@ class ControlRequests:
                 return "a change that had been replayed to it was taken back or replaced meanwhile"
             missing = [change for change in wanted if all(change is not other for other in applied)]
             if not missing:
-                self._changes.set_up_to_date(channel.group, channel.epoch)
+                if not channel.remote:
+                    self._changes.set_up_to_date(channel.group, channel.epoch)
                 self._replayed[channel.group, channel.epoch] = applied
                 return None
             reason = await self._replay(channel, missing[0])
@@ -150,8 +155,10 @@ class ControlRequests:
             applied.append(missing[0])
         return None
 
-    async def _replay(self, channel: GroupChannel, change: Any) -> str | None:
+    async def _replay(self, channel: Channel, change: Any) -> str | None:
         name = type(change).__name__.removesuffix("ReqInput")
+        if (reason := channel.refusal(change)) is not None:
+            return f"{name} cannot be replayed to it: {reason}"
         logger.info("worker group %d (epoch %d): replaying %s", channel.group, channel.epoch, name)
         if isinstance(change, _UNANSWERED):
             self._failover.send(channel, change)

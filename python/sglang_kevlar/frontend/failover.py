@@ -11,10 +11,9 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from typing import Any
 
-import zmq.asyncio
 from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
 from sglang.srt.managers.io_struct import (
     AbortReq,
@@ -23,14 +22,17 @@ from sglang.srt.managers.io_struct import (
     BatchTokenIDOutput,
 )
 
+from sglang_kevlar.cluster import wire
+from sglang_kevlar.cluster.batches import cut
 from sglang_kevlar.control.admission import HoldQueue, must_wait
 from sglang_kevlar.control.journal import Entry, Journal
 from sglang_kevlar.control.membership import Event, GroupLost, GroupReady, GroupSuspect, GroupTrusted
 from sglang_kevlar.control.routing import Router
-from sglang_kevlar.frontend.channels import ChannelFull, GroupChannel
+from sglang_kevlar.frontend.channels import CannotSend, Channel, ChannelFull
 from sglang_kevlar.frontend.finish_reasons import is_internal_error, is_refused_resume
-from sglang_kevlar.frontend.host import BatchOutput, Host
+from sglang_kevlar.frontend.host import BatchOutput, Groups, Host
 from sglang_kevlar.frontend.in_flight import InFlight, TextMismatch, TokenizedRequest, not_continuable
+from sglang_kevlar.frontend.kept.progress import Recorded
 from sglang_kevlar.frontend.outcome import Failure, RequestOutcome
 from sglang_kevlar.frontend.shadows import ShadowPlans
 from sglang_kevlar.observability.events import FailoverEvents
@@ -58,35 +60,26 @@ class Failover:
     def __init__(
         self,
         host: Host,
+        groups: Groups,
         plan: LaunchPlan,
         paths: Paths,
-        kill: Callable[[int, int, str], None],
-        internal_error: Callable[[int, int], None],
-        is_draining: Callable[[int], bool],
         incarnation: str,
         events: FailoverEvents,
         metrics: NoMetrics,
     ) -> None:
-        args = plan.kevlar
-        self._args = args
+        self._args = args = plan.kevlar
         self._host = host
-        self._paths = paths
-        self._kill = kill
-        self._internal_error = internal_error
-        self._is_draining = is_draining
+        self._groups = groups
         self.events = events
         self._metrics = metrics
         self.journal = Journal(args, incarnation)
         self.router = Router()
         self.hold = HoldQueue(args)
-        self.channels: dict[int, GroupChannel] = {}
+        self.channels: dict[int, Channel] = {}
         self.requests: dict[str, InFlight] = {}
         #: requests in flight that were moved: their answers say so
         self.redirected: set[str] = set()
-        #: groups that should serve: with fewer, capacity is lost and new requests may have to wait
-        self._active_groups = args.worker_groups - args.standby_groups
-        self._shadows = ShadowPlans(self._active_groups)
-        self._context = zmq.asyncio.Context()
+        self._shadows = ShadowPlans(plan, paths)
         self._turn = asyncio.Lock()
         self._inbox: asyncio.Queue[Event | BaseException] = asyncio.Queue()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -116,6 +109,9 @@ class Failover:
         self.requests[entry.rid] = request
         if outcome is not None:
             outcome.rids[entry.rid] = None
+            if outcome.kept is not None and outcome.kept.recorded is not None:
+                self._spawn(self._go_through(request, outcome.kept.recorded))
+                return
         if pinned_group in self.router.groups:
             self._dispatch(request, pinned_group)
         elif self.router.groups and not must_wait(self._has_room(entry), self._degraded(), len(self.hold)):
@@ -188,7 +184,7 @@ class Failover:
         if isinstance(event, GroupReady):
             assert channel is None, f"group {group} is attached twice"
             capacity = int(event.init_info.get("max_total_num_tokens") or 0)  # type: ignore[call-overload]
-            self.channels[group] = GroupChannel(self._context, self._paths, group, epoch, capacity)
+            self.channels[group] = self._groups.open(event, capacity)
             self._spawn(self._attach(self.channels[group]))
         elif isinstance(event, GroupLost) and current is not None:
             await self._lost(current, event)
@@ -202,11 +198,11 @@ class Failover:
             self.route()
         # GroupKill is the monitor's to act on.
 
-    async def _attach(self, channel: GroupChannel) -> None:
+    async def _attach(self, channel: Channel) -> None:
         """A group is ready: connect, bring it up to date, let it serve."""
         group, epoch = channel.group, channel.epoch
         if not await channel.connected():
-            self._kill(group, epoch, "did not connect to the frontend after it became ready")
+            self._groups.kill(group, epoch, "did not connect to the frontend after it became ready")
             return
         if channel.closed:
             return
@@ -217,7 +213,7 @@ class Failover:
         if channel.closed:
             return
         if reason is not None:
-            self._kill(group, epoch, reason)
+            self._groups.kill(group, epoch, reason)
             return
         # Now, not in the turn: a change that is broadcast in between must reach it.
         channel.up_to_date = True
@@ -237,12 +233,12 @@ class Failover:
         fit = [
             group
             for group, channel in sorted(self.channels.items())
-            if channel.up_to_date and not channel.given_up and not self._is_draining(group)
+            if channel.up_to_date and not channel.given_up and not self._groups.is_draining(group)
         ]
         can = [group for group in fit if not self.channels[group].suspect] or fit
-        active = [group for group in can if group < self._active_groups]
-        standby = [group for group in can if group >= self._active_groups]
-        serving = {*active, *standby[: self._active_groups - len(active)]}
+        active = [group for group in can if not self._groups.is_standby(group)]
+        standby = [group for group in can if self._groups.is_standby(group)]
+        serving = {*active, *standby[: max(0, self._groups.active - len(active))]}
         for group in self.router.groups.keys() - serving:
             self._stop_routing(self.channels[group])
         for group in sorted(serving - self.router.groups.keys()):
@@ -253,16 +249,16 @@ class Failover:
     def plan_shadows(self, content: str | None = None) -> None:
         """Tell the groups what is news about the shadows. ``content``: empty while the weights change."""
         channels = [channel for channel in self.channels.values() if channel.up_to_date and not channel.given_up]
-        draining = {channel.group for channel in channels if self._is_draining(channel.group)}
+        draining = {channel.group for channel in channels if self._groups.is_draining(channel.group)}
         wanted = self._host.content() if content is None else content
         for channel, plan in self._shadows.news(channels, draining, wanted):
             self.send(channel, plan)
 
-    def _stop_routing(self, channel: GroupChannel) -> None:
+    def _stop_routing(self, channel: Channel) -> None:
         self.router.remove(channel.group, channel.heir)
         self._metrics.group(channel.group, ready=False, epoch=channel.epoch)
 
-    def _give_up(self, channel: GroupChannel) -> None:
+    def _give_up(self, channel: Channel) -> None:
         """Nothing more goes to a group that is about to be fenced."""
         if not channel.given_up:
             channel.given_up = True
@@ -270,7 +266,7 @@ class Failover:
             channel.heir = self._shadows.targets.get(channel.group)
         self._stop_routing(channel)
 
-    def _add(self, channel: GroupChannel) -> None:
+    def _add(self, channel: Channel) -> None:
         self.router.add(channel.group, channel.epoch, channel.capacity)
         self._metrics.group(channel.group, ready=True, epoch=channel.epoch)
         for request in self.requests.values():
@@ -278,7 +274,7 @@ class Failover:
             if attempt is not None and (attempt.group, attempt.epoch) == (channel.group, channel.epoch):
                 self.router.started(channel.group, attempt.reserved_tokens, request.blocks)
 
-    async def _lost(self, channel: GroupChannel, event: GroupLost) -> None:
+    async def _lost(self, channel: Channel, event: GroupLost) -> None:
         """Fence the group, then move everything it was running."""
         self._give_up(channel)
         for message in channel.drain():
@@ -287,7 +283,9 @@ class Failover:
         del self.channels[event.group]
         self._host.group_lost(event.group, event.epoch)
         crashed_at = time.monotonic() if event.kind in ("exit", "report") else None
-        entries = self.journal.fence(event.group, event.epoch, event.kind == "operator", crashed_at)
+        # What was on its way when a host or a link went is not what it went of.
+        innocent = event.kind in ("operator", "left", "network")
+        entries = self.journal.fence(event.group, event.epoch, innocent, crashed_at)
         if not channel.up_to_date:
             # It never served: nothing failed over.
             logger.error(
@@ -327,7 +325,7 @@ class Failover:
     # ---- the hold queue ------------------------------------------------------------------------------------------
 
     def _degraded(self) -> bool:
-        return len(self.router.groups) < self._active_groups
+        return len(self.router.groups) < self._groups.active
 
     def _has_room(self, entry: Entry) -> bool:
         """Whether a group can take ``entry``; an idle one takes any, or what is larger than all would wait for ever."""
@@ -396,19 +394,24 @@ class Failover:
             self.events.redirected(entry.rid, group=group, epoch=channel.epoch, delivered_tokens=len(entry.delivered))
         else:
             self.events.dispatched(entry.rid)
-        self.send(channel, request.for_attempt(attempt))
+        try:
+            self.send(channel, request.for_attempt(attempt))
+        except CannotSend as reason:
+            failure = Failure(400, f"request {entry.rid}: {reason}", "invalid")
+            # Later: it may be that upstream has yet to look the request up.
+            asyncio.get_running_loop().call_soon(self._refuse, request, failure)
 
-    def send(self, channel: GroupChannel, message: Any) -> bool:
+    def send(self, channel: Channel, message: Any) -> bool:
         """False: the group does not read its input and is given up; its requests move, this one with them."""
         try:
             channel.send(message)
         except ChannelFull as full:
             self._give_up(channel)
-            self._kill(channel.group, channel.epoch, str(full))
+            self._groups.kill(channel.group, channel.epoch, str(full))
             return False
         return True
 
-    async def _receive(self, channel: GroupChannel) -> None:
+    async def _receive(self, channel: Channel) -> None:
         while not channel.closed:
             await channel.arrival()
             async with self._turn:
@@ -416,7 +419,7 @@ class Failover:
                     await self._handle(channel, channel.take())
                     self._pump()
 
-    async def _handle(self, channel: GroupChannel, message: Any) -> None:
+    async def _handle(self, channel: Channel, message: Any) -> None:
         channel.received += 1
         if isinstance(message, BatchStrOutput | BatchTokenIDOutput | BatchEmbeddingOutput):
             await self._outputs(channel, message)
@@ -437,11 +440,12 @@ class Failover:
         else:
             self._host.control_reply(channel.group, channel.epoch, message)
 
-    async def _outputs(self, channel: GroupChannel, batch: BatchOutput) -> None:
+    async def _outputs(self, channel: Channel, batch: BatchOutput) -> None:
         """Journal what is current, blank what is fenced, then let the clients have it."""
         ended: list[Entry] = []
         mismatched: list[InFlight] = []
         refused: list[tuple[InFlight, Any]] = []
+        recorded: dict[int, InFlight] = {}
         for i, wire_rid in enumerate(batch.rids):
             entry = self.journal.accept(wire_rid, channel.group, channel.epoch)
             if entry is None:
@@ -459,12 +463,16 @@ class Failover:
                 batch.rids[i] = FENCED_RID
                 continue
             batch.rids[i] = entry.rid
+            if request.outcome is not None and request.outcome.kept is not None and request.outcome.kept.is_recorded:
+                recorded[i] = request
             reason = batch.finished_reasons[i]
             if reason is not None:
                 request.ended = True
                 ended.append(entry)
                 if is_internal_error(reason):
-                    self._internal_error(channel.group, channel.epoch)
+                    self._groups.on_internal_error(channel.group, channel.epoch)
+        if recorded:
+            self._record(batch, recorded)
         await self._host.deliver(batch)
         for entry in ended:
             self._close(entry)
@@ -502,6 +510,48 @@ class Failover:
         if entry.redirects and len(tokens):
             restored = entry.context_tokens - len(tokens) - request.recomputed_now
             self.events.resumed(entry.rid, request.recomputed_now, restored)
+
+    # ---- requests that outlive a frontend ------------------------------------------------------------------------
+
+    def _record(self, batch: BatchOutput, requests: dict[int, InFlight]) -> None:
+        """Note what of ``batch`` the outputs of these requests (by row) will be made of."""
+        owners = [row if row in requests else None for row in range(len(batch.rids))]
+        for row, message in cut(batch, owners).items():
+            outcome = requests[row].outcome
+            assert outcome is not None and outcome.kept is not None
+            outcome.kept.messages.append(wire.encode(message))
+
+    async def _go_through(self, request: InFlight, recorded: Recorded) -> None:
+        """What the frontend before us recorded of it, output by output as its endpoint takes them; then go on."""
+        rid, entry = request.entry.rid, request.entry
+        for messages in recorded.outputs:
+            await recorded.wanted()
+            async with self._turn:
+                for message in messages:
+                    if self.requests.get(rid) is not request:
+                        return
+                    batch = wire.decode_answer(message)
+                    batch.rids[0] = rid
+                    self.journal.take_over(entry, batch.output_ids[0], batch.cached_tokens[0])
+                    self._record(batch, {0: request})
+                    assert request.outcome is not None
+                    request.outcome.first_token = True
+                    await self._host.deliver(batch)
+                    if batch.finished_reasons[0] is not None:
+                        self._close(entry)
+                        return
+        await recorded.wanted()
+        async with self._turn:
+            if self.requests.get(rid) is not request:
+                return
+            if recorded.failure is not None:
+                self._refuse(request, Failure(*recorded.failure))  # type: ignore[arg-type]
+            elif recorded.ended or request.abort_requested:
+                self._end_aborted(request, AbortReq(rid=rid))
+            else:
+                self.journal.go_on(entry)
+                self.hold.hold(rid, time.monotonic(), redirected=True)
+                self._pump()
 
     # ---- requests out --------------------------------------------------------------------------------------------
 

@@ -50,7 +50,7 @@ class GroupsEngine(Engine):  # type: ignore[misc]
         infos: list[dict[str, Any]] = []
 
         def wait_for_ready() -> None:
-            infos.append(wait_for_first_group(cls.paths))
+            infos.append(wait_for_first_group(cls.plan, cls.paths))
 
         return SchedulerInitResult(scheduler_infos=infos, wait_for_ready=wait_for_ready), []
 

@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from sglang.srt.managers.io_struct import AbortReq, BatchEmbeddingOutput, BatchStrOutput, BatchTokenIDOutput
 
-from sglang_kevlar.frontend.channels import GroupChannel
+from sglang_kevlar.control.membership import GroupReady
+from sglang_kevlar.frontend.channels import Channel
 
 BatchOutput: TypeAlias = BatchStrOutput | BatchTokenIDOutput | BatchEmbeddingOutput
+
+
+class Groups(Protocol):
+    """The groups that there are: `frontend.groups.WorkerGroups`, and fakes in tests."""
+
+    @property
+    def active(self) -> int:
+        """How many should serve: with fewer, capacity is lost and new requests may have to wait."""
+
+    def is_standby(self, group: int) -> bool: ...
+
+    def is_draining(self, group: int) -> bool: ...
+
+    def open(self, ready: GroupReady, capacity: int) -> Channel:
+        """The channel of an incarnation. ``capacity``: KV tokens that it can hold."""
+
+    def kill(self, group: int, epoch: int, cause: str) -> None:
+        """Give an incarnation up; ignored if it is not the current one."""
+
+    def on_internal_error(self, group: int, epoch: int) -> None:
+        """It answered a request with an internal error (never for a client's own 4xx)."""
 
 
 class Host:
@@ -30,7 +52,7 @@ class Host:
         """A group answered a control request."""
         raise NotImplementedError
 
-    async def prepare_group(self, channel: GroupChannel) -> str | None:
+    async def prepare_group(self, channel: Channel) -> str | None:
         """Bring a group that just became ready to the state of the others. A reason why it must not serve, or None."""
         raise NotImplementedError
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from sglang.srt.managers.load_snapshot import LoadSnapshot, ShmLoadSnapshotReader, shm_path_for
 
+from sglang_kevlar.frontend.session_channel import SessionChannel
 from sglang_kevlar.protocol.launch import LaunchPlan, instance_id
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ class GroupLoadReader:
         channel = self._failover.channels.get(group)
         if channel is None:
             return None
+        if isinstance(channel, SessionChannel):
+            return channel.load()
         reader = self._readers.get(group)
         if reader is None or reader.epoch != channel.epoch:
             if reader is not None:

@@ -26,13 +26,12 @@ from sglang_kevlar.control.detection import (
     SAMPLE_INTERVAL,
     SUPERVISOR,
     CpuTime,
-    LossKind,
     Observation,
     deadline,
 )
 from sglang_kevlar.control.membership import Event, GroupKill, Membership
 from sglang_kevlar.frontend.process_watch import ProcessWatch
-from sglang_kevlar.protocol.group import GroupReport, KillGroup, ProcessRef
+from sglang_kevlar.protocol.group import GroupReport, KillGroup, LossKind, ProcessRef
 from sglang_kevlar.protocol.heartbeat import Heartbeat
 from sglang_kevlar.protocol.launch import KevlarArgs, Paths
 

@@ -5,34 +5,45 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 
 from sglang_kevlar.control.shadow_partners import partners
-from sglang_kevlar.frontend.channels import GroupChannel
+from sglang_kevlar.frontend.channels import Channel
+from sglang_kevlar.protocol.launch import LaunchPlan, Paths
+from sglang_kevlar.protocol.shadow import ShadowTarget
 from sglang_kevlar.worker.resume import ShadowPlanReq
 
 
 class ShadowPlans:
     """Works out what each group is to be told, and what of it is news. Every plan is a full statement."""
 
-    def __init__(self, active_groups: int) -> None:
-        self._active_groups = active_groups
+    def __init__(self, plan: LaunchPlan, paths: Paths) -> None:
+        self._ranks = plan.tp_size * plan.pp_size
+        self._through_files = plan.kevlar.shadow_transport != "tcp"
+        self._paths = paths
         self._told: dict[tuple[int, int], ShadowPlanReq] = {}
         #: by source; of the last plan
         self.targets: dict[int, int] = {}
 
     def news(
-        self, channels: Iterable[GroupChannel], draining: Collection[int], content: str
-    ) -> list[tuple[GroupChannel, ShadowPlanReq]]:
+        self, channels: Iterable[Channel], draining: Collection[int], content: str
+    ) -> list[tuple[Channel, ShadowPlanReq]]:
         """``channels``: of the groups that are up to date. ``content``: see `ShadowPlanReq`."""
         up = {channel.group: channel for channel in channels}
-        self.targets = partners(up, draining, self._active_groups)
+        places = {group: channel.place for group, channel in up.items()}
+        self.targets = partners(places, draining, self.targets)
         wanted: dict[tuple[int, int], ShadowPlanReq] = {}
         news = []
         for group, channel in up.items():
             target = up.get(self.targets.get(group, -1))
-            place = None if target is None else (target.group, target.epoch)
-            plan = ShadowPlanReq(content=content, target=place)
+            plan = ShadowPlanReq(content=content, target=target and self._target(channel, target))
             wanted[channel.group, channel.epoch] = plan
             before = self._told.get((channel.group, channel.epoch))
-            if before is None or (before.content, before.target) != (content, place):
+            if before is None or (before.content, before.target) != (content, plan.target):
                 news.append((channel, plan))
         self._told = wanted
         return news
+
+    def _target(self, source: Channel, target: Channel) -> ShadowTarget:
+        endpoints = list(target.place.endpoints)
+        if self._through_files and source.place.local and target.place.local:
+            shadow = [f"shadow{rank}" for rank in range(self._ranks)]
+            endpoints = [self._paths.channel(target.group, target.epoch, name) for name in shadow]
+        return ShadowTarget(target.place.name, target.epoch, endpoints)

@@ -34,16 +34,18 @@ from sglang.srt.server_args import PortArgs, ServerArgs
 
 from sglang_kevlar import __version__
 from sglang_kevlar.control.membership import Event
-from sglang_kevlar.frontend.channels import GroupChannel
+from sglang_kevlar.frontend.channels import Channel
 from sglang_kevlar.frontend.control_requests import ControlRequests
 from sglang_kevlar.frontend.endpoints import GroupStateConflict, UnknownGroup, first_answer
 from sglang_kevlar.frontend.failover import Failover
+from sglang_kevlar.frontend.groups import WorkerGroups
 from sglang_kevlar.frontend.host import BatchOutput, Host
+from sglang_kevlar.frontend.kept.registry import KeptRuns
 from sglang_kevlar.frontend.loads import GroupLoadReader
-from sglang_kevlar.frontend.monitor import GroupMonitor
 from sglang_kevlar.frontend.outcome import Failure, RequestOutcome, outcome_of
+from sglang_kevlar.frontend.peers import start as peers
+from sglang_kevlar.frontend.peers.kept import KeptPeers
 from sglang_kevlar.frontend.replay import RunTimeChanges
-from sglang_kevlar.frontend.shadow_status import ShadowReader
 from sglang_kevlar.frontend.wire_check import Unsendable, check_request
 from sglang_kevlar.observability.events import FailoverEvents
 from sglang_kevlar.observability.metrics import NoMetrics, PrometheusMetrics, forget_dead_processes
@@ -70,6 +72,12 @@ class KevlarTokenizerManager(TokenizerManager, Host):
         self.started_at = time.monotonic()
         #: HTTP requests and Engine calls that are under way, in whatever stage
         self._generating = 0
+        #: requests that outlive their connection
+        self.kept = KeptRuns(plan.kevlar.stream_retention, plan.kevlar.stream_memory << 20)
+        #: the HTTP application, where there is one
+        self.app: Any = None
+        #: with --peers, once it serves
+        self.peers: KeptPeers | None = None
         register_wire_types()
         super().__init__(server_args, port_args)
 
@@ -82,20 +90,19 @@ class KevlarTokenizerManager(TokenizerManager, Host):
         self.tokenizer_ipc_name = None
         groups = range(self.plan.kevlar.worker_groups)
         self._metrics = metrics = PrometheusMetrics(groups) if self.enable_metrics else NoMetrics()
-        self.monitor = GroupMonitor(self.paths, self.plan.kevlar, self._on_membership)
+        self.identity = peers.identity_of(self.plan, secure=bool(self.server_args.ssl_certfile))
+        self.groups = WorkerGroups(self.plan, self.paths, self._on_membership, self.identity)
         self.failover = Failover(
             host=self,
+            groups=self.groups,
             plan=self.plan,
             paths=self.paths,
-            kill=self.monitor.kill,
-            internal_error=self.monitor.on_internal_error,
-            is_draining=lambda group: self.monitor.membership.group(group).draining,
-            incarnation=f"{os.getpid():x}{uuid.uuid4().hex[:4]}",
+            # Unlike any other frontend's, also one of another host: groups tell requests apart by it.
+            incarnation=f"{os.getpid():x}{uuid.uuid4().hex[:8]}",
             events=FailoverEvents(metrics),
             metrics=metrics,
         )
         self.load_snapshot_reader = GroupLoadReader(self.plan, self.failover)
-        self._shadows = ShadowReader(self.plan, self.paths)
 
     def init_communicators(self) -> None:
         super().init_communicators()
@@ -103,7 +110,7 @@ class KevlarTokenizerManager(TokenizerManager, Host):
         self._changes = RunTimeChanges(at_start, self.paths.changes)
         args = self.plan.kevlar
         self._control = ControlRequests(
-            self.failover, self.monitor.kill, self._changes, self.plan.tp_size, args.control_timeout
+            self.failover, self.groups.kill, self._changes, self.plan.tp_size, args.control_timeout
         )
         specs = [(spec[0], spec[1]) for spec in _COMMUNICATOR_SPECS]
         for name, answer in [*specs, ("update_weights_from_disk", UpdateWeightFromDiskReqOutput)]:
@@ -121,17 +128,17 @@ class KevlarTokenizerManager(TokenizerManager, Host):
     async def handle_loop(self) -> None:
         if self._changes.inherited:
             await self._take_over_changes()
-        self.monitor.start()
+        self.groups.start()
+        if self.identity is not None and self.groups.sessions is not None:
+            self.peers = peers.start(self.plan, self.identity, self.groups.sessions, self.kept, self.app)
         if self.enable_metrics:
             self.asyncio_tasks.add(asyncio.create_task(self._watch_shadows()))
         await self.failover.run()
 
     async def _watch_shadows(self) -> None:
         while True:
-            for group in self.monitor.snapshot():
-                gauges = self._shadows.gauges(group["id"], group["epoch"])
-                if gauges is not None:
-                    self._metrics.shadow(group["id"], gauges)
+            for group, gauges in self.groups.shadow_gauges().items():
+                self._metrics.shadow(group, gauges)
             await asyncio.sleep(SHADOW_METRICS_INTERVAL)
 
     async def _take_over_changes(self) -> None:
@@ -155,8 +162,12 @@ class KevlarTokenizerManager(TokenizerManager, Host):
     async def generate_request(
         self, obj: GenerateReqInput | EmbeddingReqInput, request: fastapi.Request | None = None
     ) -> AsyncIterator[Any]:
-        _current_outcome.set(outcome_of(request))
+        outcome = outcome_of(request)
+        _current_outcome.set(outcome)
         stream = super().generate_request(obj, request)
+        if outcome is not None and outcome.kept is not None:
+            outcome.kept.name(obj)
+            stream = outcome.kept.watch(stream)
         self._generating += 1
         try:
             async for output in stream:
@@ -235,7 +246,7 @@ class KevlarTokenizerManager(TokenizerManager, Host):
             # Upstream's gauges of the dead ranks would go on showing their last values.
             forget_dead_processes(self.paths.prometheus)
 
-    async def prepare_group(self, channel: GroupChannel) -> str | None:
+    async def prepare_group(self, channel: Channel) -> str | None:
         return await self._control.prepare(channel)
 
     # ---- control requests ----------------------------------------------------------------------------------------
@@ -260,7 +271,7 @@ class KevlarTokenizerManager(TokenizerManager, Host):
 
     def kevlar_status(self) -> dict[str, Any]:
         """The JSON of GET /kevlar/status."""
-        groups: list[dict[str, Any]] = self.monitor.snapshot()
+        groups = self.groups.snapshot()
         # By the journal: a group that is drained is out of the router and still runs what it has.
         running = Counter(r.entry.attempt.group for r in self.failover.requests.values() if r.entry.attempt is not None)
         for group in groups:
@@ -272,13 +283,14 @@ class KevlarTokenizerManager(TokenizerManager, Host):
             group["weight_version"] = self.config_value("weight_version") if current else None
             group["running"] = running[group["id"]]
             group["queued"] = self._queued(group["id"])
-            group["shadow"] = self._shadows.status(group["id"], group["epoch"])
         return {
             "version": __version__,
             "upstream": self.plan.upstream,
             "uptime_s": round(time.monotonic() - self.started_at, 3),
             "held": len(self.failover.hold),
             "groups": groups,
+            "kept": self.kept.status(),
+            "frontends": [] if self.peers is None else self.peers.records.status(),
             "failovers": self.failover.events.history(),
         }
 
@@ -291,21 +303,22 @@ class KevlarTokenizerManager(TokenizerManager, Host):
 
     async def drain_group(self, group: int) -> None:
         """No new requests to this group; what runs there ends there. Until it is restarted by `restart_group`."""
-        self.monitor.membership.drain(self._known(group))
+        self.groups.drain(self._known(group), True)
         self.failover.route()
 
     async def restart_group(self, group: int) -> None:
         """Move the group's requests to the others and start it anew."""
         channel = self.failover.channels.get(self._known(group))
         if channel is None:
-            cause = self.monitor.membership.group(group).cause
+            cause = self.groups.cause(group)
             raise GroupStateConflict(f"group {group} is not serving; it is restarted by itself (down: {cause})")
-        self.monitor.membership.undrain(group)
-        self.monitor.kill(group, channel.epoch, "restart asked for by an operator", planned=True)
+        self.groups.drain(group, False)
+        self.groups.kill(group, channel.epoch, "restart asked for by an operator", planned=True)
 
     def _known(self, group: int) -> int:
-        if not 0 <= group < self.plan.kevlar.worker_groups:
-            raise UnknownGroup(f"there is no worker group {group}; there are 0 to {self.plan.kevlar.worker_groups - 1}")
+        known = self.groups.ids()
+        if group not in known:
+            raise UnknownGroup(f"there is no worker group {group}; there are {', '.join(map(str, known)) or 'none'}")
         return group
 
     async def probe_groups(self, timeout: float) -> dict[int, bool]:
@@ -344,6 +357,7 @@ class KevlarTokenizerManager(TokenizerManager, Host):
         """Drain, then stop the HTTP server. The launcher, which sent the signal, ends the groups after us."""
         while not self.gracefully_exit:
             await asyncio.sleep(0.1)
+        self.kept.drain()
         # Not rid_to_state, as upstream does: it keeps an entry for ever of every request with n > 1.
         remaining = -1
         while requests := max(len(self.failover.requests), self._generating):
@@ -360,7 +374,7 @@ class KevlarTokenizerManager(TokenizerManager, Host):
         for task in self.asyncio_tasks:
             task.cancel()
         self.failover.close()
-        self.monitor.close()
+        self.groups.close()
 
 
 def _check(requests: Iterable[Any]) -> None:

@@ -32,14 +32,16 @@ from sglang_kevlar.launcher.process import (
     spawn,
 )
 from sglang_kevlar.launcher.status import EXIT_FAILED_START, StatusReader, StatusWriter
-from sglang_kevlar.protocol.launch import EXIT_CONFIG, KevlarArgs, Paths
+from sglang_kevlar.protocol.launch import EXIT_CONFIG, JoinArgs, KevlarArgs, Paths
 
 #: seconds the frontend may drain at shutdown, and then the supervisors may take to end their groups
 DRAIN_TIMEOUT = 60.0
 STOP_TIMEOUT = 30.0
 FRONTEND = "frontend"
 _PYTHON = [sys.executable, "-m"]
-#: command line of a role: "prepare", "frontend" or "supervisor" (with the group's number)
+#: in place of the frontend where the frontends are on other hosts
+GATEWAY = "gateway"
+#: command line of a role: "prepare", "frontend", "gateway" or "supervisor" (with the group's number)
 Commands = Callable[[str, int], list[str]]
 
 
@@ -49,6 +51,8 @@ class Internal(msgspec.Struct, frozen=True, kw_only=True):
     groups_only: bool = False
     #: the launcher ends when this process does
     owner_pid: int | None = None
+    #: the process that stands between the groups and their clients
+    front: str = FRONTEND
     #: receives ``{"status": "prepared", "run_dir", "launch_id"}``, then ``"ready"`` or ``"failed"`` with a cause
     status_fd: int | None = None
 
@@ -86,13 +90,13 @@ class Launcher:
         self._owner = None if internal.status_fd is None else StatusWriter(internal.status_fd)
         self._selector = selectors.DefaultSelector()
         groups: list[tuple[str, int | None]] = [(f"g{g}.supervisor", g) for g in range(kevlar.worker_groups)]
-        frontend: list[tuple[str, int | None]] = [] if internal.groups_only else [(FRONTEND, None)]
+        frontend: list[tuple[str, int | None]] = [] if internal.groups_only else [(internal.front, None)]
         self._roles = [
             _Role(name, group, Backoff(kevlar.restart_backoff, kevlar.restart_backoff_max))
             for name, group in frontend + groups
         ]
         self._exit_status = 0
-        #: None while serving; then what is being ended, "frontend" or "groups"
+        #: None while serving; then what is being ended, "frontend" (or gateway) or "groups"
         self._ending: str | None = None
         self._deadline = float("inf")
         self._signals = self._catch_signals()
@@ -132,7 +136,7 @@ class Launcher:
             return None
         self._tell_owner(status="failed", cause="the launch was refused, see standard error")
         if status < 0:
-            _log(f"preparation {describe_exit(status)}")
+            log(f"preparation {describe_exit(status)}")
         return status if status > 0 else 1
 
     def _start_due(self) -> None:
@@ -144,7 +148,7 @@ class Launcher:
     def _start(self, role: _Role) -> None:
         role.due, role.ready_at, role.cause = None, None, ""
         status = role.status = StatusReader()
-        command = self._commands("frontend", 0) if role.group is None else self._commands("supervisor", role.group)
+        command = self._commands(role.name, 0) if role.group is None else self._commands("supervisor", role.group)
         command = [*command, "--status-fd", str(status.writer)]
         if role.group is not None and not self._any_ready():
             command.append("--exit-on-failed-start")
@@ -213,7 +217,7 @@ class Launcher:
                 self._exit_status = self._exit_status or max(0, status)
                 self._end_groups()
             return
-        what = "frontend" if role.group is None else f"worker group {role.group}"
+        what = role.name if role.group is None else f"worker group {role.group}"
         if status == EXIT_CONFIG and (role.group is None or not self._any_ready()):
             self._fail(f"{what} cannot work with this configuration", role, EXIT_CONFIG)
         elif status == EXIT_FAILED_START and not self._any_ready():
@@ -225,11 +229,11 @@ class Launcher:
             delay = role.backoff.failed(0.0 if role.ready_at is None else time.monotonic() - role.ready_at)
             role.due = time.monotonic() + delay
             name = what if role.group is None else f"supervisor of {what}"
-            _log(f"{name} (pid {child.pid}) {describe_exit(status)}; next start in {delay:g} s")
+            log(f"{name} (pid {child.pid}) {describe_exit(status)}; next start in {delay:g} s")
 
     def _fail(self, text: str, role: _Role, status: int) -> None:
         message = f"{text}: {role.cause}" if role.cause else text
-        _log(message)
+        log(message)
         self._tell_owner(status="failed", cause=message)
         self._exit_status = status
         self._end_frontend()
@@ -260,7 +264,7 @@ class Launcher:
     def _out_of_patience(self) -> None:
         self._deadline = float("inf")
         if self._ending is not None:
-            _log(f"{self._ending} did not end in time, killed")
+            log(f"{self._ending} did not end in time, killed")
             self._exit_status = self._exit_status or 1
             self._kill_all()
 
@@ -285,7 +289,7 @@ class Launcher:
             if number == signal.SIGCHLD:
                 self._reap_adopted()
             elif self._ending is None:
-                _log("shutting down; signal again to end at once")
+                log("shutting down; signal again to end at once")
                 self._end_frontend()
             else:
                 self._kill_all()
@@ -320,12 +324,16 @@ class Launcher:
             self._owner.send(message)
 
 
-def _log(text: str) -> None:
+def log(text: str) -> None:
     print(f"[{time.strftime('%Y-%m-%d %H:%M:%S')} kevlar] {text}", file=sys.stderr, flush=True)
 
 
 def engine_commands(
-    run_dir: rundir.RunDir, kevlar: KevlarArgs, internal: Internal, upstream_argv: Sequence[str]
+    run_dir: rundir.RunDir,
+    kevlar: KevlarArgs,
+    internal: Internal,
+    upstream_argv: Sequence[str],
+    join: JoinArgs | None = None,
 ) -> Commands:
     """The real processes."""
     at = ["--run-dir", run_dir.path]
@@ -334,9 +342,12 @@ def engine_commands(
         if role == "prepare":
             settings = ["--launch-id", run_dir.launch_id, "--kevlar", msgspec.json.encode(kevlar).decode()]
             settings += ["--no-http"] if internal.groups_only else []
+            settings += ["--join", msgspec.json.encode(join).decode()] if join is not None else []
             return [*_PYTHON, "sglang_kevlar.launcher.prepare", *at, *settings, "--", *upstream_argv]
-        if role == "frontend":
+        if role == FRONTEND:
             return [*_PYTHON, "sglang_kevlar.frontend.main", *at]
+        if role == GATEWAY:
+            return [*_PYTHON, "sglang_kevlar.cluster.gateway", *at]
         return [*_PYTHON, "sglang_kevlar.worker.supervisor", *at, "--group", str(group)]
 
     return commands
@@ -355,7 +366,7 @@ def launch(
         return EXIT_CONFIG
     janitor = Janitor(run_dir)
     try:
-        _set_environment(Paths(run_dir.path), kevlar.worker_groups)
+        _set_environment(Paths(run_dir.path), max(1, kevlar.worker_groups))
         return Launcher(run_dir, janitor, kevlar, internal, make_commands(run_dir)).run()
     finally:
         run_dir.remove()
@@ -380,7 +391,7 @@ def _split_internal(argv: Sequence[str]) -> tuple[Internal, list[str]]:
     return Internal(**vars(internal)), rest
 
 
-def _version() -> str:
+def version_text() -> str:
     try:
         upstream = version("sglang")
     except PackageNotFoundError:
@@ -391,7 +402,7 @@ def _version() -> str:
 def run(argv: Sequence[str], internal: Internal | None = None) -> int:
     """``launch_server`` with these arguments. Returns the exit status."""
     if "--version" in argv:
-        print(_version())
+        print(version_text())
         return 0
     kevlar, upstream_argv = config.split_args(argv)
     os.environ.pop(PARENT_ENV, None)

@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from sglang_kevlar import transport
+from sglang_kevlar.cluster import hosts, keys
 from sglang_kevlar.launcher.process import die_with_parent
-from sglang_kevlar.protocol.launch import EXIT_CONFIG, PROTOCOL_VERSION, KevlarArgs, LaunchPlan, Paths
+from sglang_kevlar.protocol.launch import EXIT_CONFIG, PROTOCOL_VERSION, JoinArgs, KevlarArgs, LaunchPlan, Paths
 
 if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
@@ -40,24 +41,31 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--run-dir", required=True)
     parser.add_argument("--launch-id", required=True)
     parser.add_argument("--kevlar", required=True, help="KevlarArgs as JSON")
+    parser.add_argument("--join", help="JoinArgs as JSON: one group of servers on other hosts, which listens nowhere")
     parser.add_argument("--no-http", action="store_true", help="an offline engine, which listens nowhere")
     own = parser.parse_args(argv[:split])
     kevlar = msgspec.json.decode(own.kevlar, type=KevlarArgs)
+    join = None if own.join is None else msgspec.json.decode(own.join, type=JoinArgs)
+    http = not own.no_http and join is None
     try:
-        prepare(Paths(own.run_dir), own.launch_id, kevlar, list(argv[split + 1 :]), http=not own.no_http)
+        prepare(Paths(own.run_dir), own.launch_id, kevlar, list(argv[split + 1 :]), http, join)
     except LaunchRefused as refusal:
         print(f"sglang-kevlar: error: {refusal}", file=sys.stderr, flush=True)
         return EXIT_CONFIG
     return 0
 
 
-def prepare(paths: Paths, launch_id: str, kevlar: KevlarArgs, argv: list[str], http: bool = True) -> LaunchPlan:
+def prepare(
+    paths: Paths,
+    launch_id: str,
+    kevlar: KevlarArgs,
+    argv: list[str],
+    http: bool = True,
+    join: JoinArgs | None = None,
+) -> LaunchPlan:
     """Write the launch plan and the resolved arguments. Raises ``LaunchRefused``."""
-    try:
-        if kevlar.shadow_memory and kevlar.worker_groups > 1:
-            transport.require(kevlar.shadow_transport)
-    except transport.TransportError as error:
-        raise LaunchRefused(f"--shadow-transport {kevlar.shadow_transport}: {error}") from error
+    kevlar = hosts.completed(kevlar, join)
+    _check_shadow(kevlar)
     environment, search_path = dict(os.environ), list(sys.path)
     _load_upstream()
     from sglang_kevlar.upstream import saved_args
@@ -69,12 +77,30 @@ def prepare(paths: Paths, launch_id: str, kevlar: KevlarArgs, argv: list[str], h
     _resolve(server_args)
     _check_supported(server_args, resolved=True)
     plan = _plan(paths, launch_id, kevlar, server_args)
+    if join is not None or kevlar.listen is not None:
+        plan = _for_cluster(plan, server_args, argv, join)
     saved_args.save(paths.server_args, server_args, saved_args.changes_since(environment, search_path))
     temporary = f"{paths.plan}.new"
     with open(temporary, "wb") as file:
         file.write(msgspec.json.format(msgspec.json.encode(plan), indent=2))
     os.replace(temporary, paths.plan)
     return plan
+
+
+def _check_shadow(kevlar: KevlarArgs) -> None:
+    try:
+        if kevlar.shadow_memory and (kevlar.worker_groups > 1 or kevlar.advertise is not None):
+            transport.require(kevlar.shadow_transport)
+        key = keys.load(kevlar.cluster_key_file)
+    except transport.TransportError as error:
+        raise LaunchRefused(f"--shadow-transport {kevlar.shadow_transport}: {error}") from error
+    except keys.KeyProblem as error:
+        raise LaunchRefused(str(error)) from error
+    if kevlar.advertise is not None and key is None and not keys.is_loopback(kevlar.advertise):
+        raise LaunchRefused(
+            f"--advertise {kevlar.advertise}: others reach this address, so --cluster-key-file or {keys.ENVIRONMENT} "
+            "is needed"
+        )
 
 
 def _load_upstream() -> None:
@@ -223,6 +249,40 @@ def _plan(paths: Paths, launch_id: str, kevlar: KevlarArgs, server_args: ServerA
     )
 
 
+def _for_cluster(plan: LaunchPlan, server_args: ServerArgs, argv: list[str], join: JoinArgs | None) -> LaunchPlan:
+    """What other launches have to know of this one."""
+    from sglang_kevlar.cluster import configuration
+
+    try:
+        common = configuration.of(server_args)
+    except OSError as error:
+        raise LaunchRefused(f"cannot read the model {server_args.model_path!r}: {_describe(error)}") from error
+    # Drawn while resolving, unless it was said.
+    decided = ["--random-seed", str(_decided(server_args).random_seed)]
+    if os.path.isdir(server_args.model_path):
+        decided += ["--model-path", os.path.abspath(server_args.model_path)]
+    return msgspec.structs.replace(plan, join=join, configuration=common, argv=[*for_groups(argv), *decided])
+
+
+#: flags of the HTTP side, of this host's ports and devices, and secrets: not for other hosts
+_NOT_FOR_GROUPS = """
+    --host --port --api-key --admin-api-key --ssl-keyfile --ssl-certfile --ssl-ca-certs --ssl-keyfile-password
+    --base-gpu-id --gpu-id-step --nccl-port --log-level --log-level-http --numa-node
+""".split()  # noqa: SIM905 - a list of that would be a page long
+
+
+def for_groups(argv: Sequence[str]) -> list[str]:
+    """The flags of this launch without those that concern only its own host, with the values that follow them."""
+    kept: list[str] = []
+    skipping = False
+    for token in argv:
+        if token.startswith("--"):
+            skipping = token.partition("=")[0] in _NOT_FOR_GROUPS
+        if not skipping:
+            kept.append(token)
+    return kept
+
+
 def _device_count(device: str) -> int | None:
     """Devices torch sees; None on CPU, where ranks share what there is."""
     if device == "cpu":
@@ -239,6 +299,8 @@ def assign_devices(groups: int, ranks: int, *, base: int, step: int, available: 
     """
     if available is None:
         return [[0] * ranks for _ in range(groups)]
+    if groups == 0:
+        return []
     ids = [[base + (group * ranks + rank) * step for rank in range(ranks)] for group in range(groups)]
     highest = ids[-1][-1]
     if highest >= available:

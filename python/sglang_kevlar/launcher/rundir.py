@@ -131,7 +131,7 @@ def _clean(path: str, launch_id: str) -> None:
 
 
 def _check_length(path: str, groups: int) -> None:
-    longest = Paths(path).channel(groups - 1, 9_999_999, "detokenizer").removeprefix("ipc://")
+    longest = Paths(path).channel(max(0, groups - 1), 9_999_999, "detokenizer").removeprefix("ipc://")
     excess = len(os.fsencode(longest)) - SOCKET_PATH_LIMIT
     if excess > 0:
         raise RunDirError(

@@ -13,7 +13,14 @@ import msgspec
 #: seconds between two reports with no change between them
 REPORT_INTERVAL = 0.5
 
+#: in what a rank says when it is ready, beside upstream's: where ranks of other hosts reach its shadow store
+SHADOW_ENDPOINT = "shadow_endpoint"
+
 GroupPhase = Literal["starting", "ready", "down", "stopped"]
+
+#: "unfit": the frontend cannot use it (does not connect, does not read, cannot be brought up to date). Of groups on
+#: other hosts: "network", their session ended; "left", they said so.
+LossKind = Literal["exit", "stopped", "hang", "errors", "report", "unfit", "operator", "network", "left"]
 
 
 class ProcessRef(msgspec.Struct, frozen=True):
@@ -33,6 +40,8 @@ class GroupReport(msgspec.Struct, frozen=True, kw_only=True, tag="report"):
     members: list[ProcessRef]
     #: what the ranks said when they became ready (upstream's Scheduler.get_init_info), rank 0's
     init_info: dict[str, object] | None = None
+    #: where ranks of other hosts reach the shadow stores of these, by rank; empty: nowhere
+    shadow_endpoints: list[str] = []
     #: why the last epoch ended, or why this one does not start
     cause: str = ""
     #: epochs that ended since this supervisor started, without one becoming ready in between

@@ -6,6 +6,8 @@ from typing import Literal
 
 import msgspec
 
+from sglang_kevlar.protocol.cluster import Configuration
+
 PROTOCOL_VERSION = 1
 
 #: Exit status of a child whose configuration can never work (sysexits EX_CONFIG).
@@ -51,11 +53,39 @@ class KevlarArgs(msgspec.Struct, frozen=True, kw_only=True):
     #: MB/s that a rank sends at most; 0: no limit
     shadow_bandwidth: float = 0.0
     #: how its bytes travel (`transport.choose`)
-    shadow_transport: Literal["shm", "mooncake"] = "shm"
+    shadow_transport: Literal["shm", "tcp", "mooncake"] = "shm"
     #: share of the promotions that are computed instead, and compared
     shadow_audit: float = 0.0
+    #: how long a request with an Idempotency-Key is kept without a client, and MiB for all of them (`frontend.kept`)
+    stream_retention: float = 60.0
+    stream_memory: int = 256
     #: ranks take orders of `sglang_kevlar.chaos`
     allow_chaos: bool = False
+    #: HOST:PORT at which groups of other hosts join; None: none do
+    listen: str | None = None
+    #: silence of a joined group, or of its host, after which it is lost
+    lease: float = 3.0
+    #: without it the environment's (`cluster.keys`)
+    cluster_key_file: str | None = None
+    #: all frontends of the same groups, by name: where each listens. "a=HOST:PORT,b=HOST:PORT"; None: this one alone
+    peers: str | None = None
+    #: which of them this is
+    frontend_name: str | None = None
+    #: label of this host; None: its name
+    host_label: str | None = None
+    #: address of this host at which ranks of other hosts reach its ranks
+    advertise: str | None = None
+
+
+class JoinArgs(msgspec.Struct, frozen=True, kw_only=True):
+    """Of a launch that is one worker group of servers on other hosts."""
+
+    #: HOST:PORT of each frontend; the first that is connected may change the group
+    frontends: list[str]
+    #: one in a cluster
+    name: str
+    host: str
+    standby: bool = False
 
 
 class LaunchPlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -73,6 +103,12 @@ class LaunchPlan(msgspec.Struct, frozen=True, kw_only=True):
     port: int
     #: where upstream's resolved ServerArgs lie, pickled by `launcher.prepare` (same host, same user)
     server_args_file: str
+    #: None: a server of its own
+    join: JoinArgs | None = None
+    #: what groups that serve the same requests must have in common; None where nobody joins
+    configuration: Configuration | None = None
+    #: flags of upstream by which another launch is configured as this one was
+    argv: list[str] = []
 
 
 class Paths:

@@ -1,9 +1,10 @@
-"""Messages of a shadow link, rank to rank (msgpack over ZMQ; the bytes of KV go through the window beside it).
+"""Messages of a shadow link, rank to rank (msgpack over ZMQ; the bytes of KV go through the window beside it, or in a
+second frame behind the `Parcel` that names them: `transport`).
 
 A source's rank is a DEALER, the store of the same rank of the target a ROUTER. One session: `Hello`, answered by
-`Accept` or `Refuse`; then `Parcel`, `Ended` and `Forget` in one numbered order, answered by `Ack`, or by `Resync` when
-something did not arrive as it was sent, or the store was emptied. Every message names its session, so what is left of
-an older one is dropped.
+`Accept` or `Refuse`; then `Parcel`, `Ended`, `Forget` and `Still` in one numbered order, answered by `Ack`, or by
+`Resync` when something did not arrive as it was sent, or the store was emptied. Every message names its session, so
+what is left of an older one is dropped.
 
 The ranks of the target ask each other's stores by `Lookup`, from the same socket type. Where all tensor-parallel ranks
 have the same KV (MLA), only the first of each pipeline stage sends and keeps it; the others read it there.
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import msgspec
 
-SHADOW_VERSION = 5
+SHADOW_VERSION = 6
 
 
 class Layout(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,11 +41,25 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
         return self.token_bytes * self.block_tokens
 
 
+class ShadowTarget(msgspec.Struct, frozen=True):
+    """Which incarnation keeps the shadow of a group, and where its ranks are."""
+
+    #: of the group
+    name: str
+    epoch: int
+    #: of the stores of its ranks, in their order; empty where a rank has none
+    endpoints: list[str]
+
+
 class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
     session: str
-    group: int
+    #: of the source. Names of groups are those of a launch: two of them may have a group 0 each
+    launch: str
+    group: str
     epoch: int
     layout: Layout
+    #: how KV will come (`transport.Transport.name`)
+    transport: str
     #: descriptor of the source's end of the window (`transport.Outgoing`), and its size in bytes
     window: str
     window_bytes: int
@@ -67,6 +82,8 @@ class Parcel(msgspec.Struct, frozen=True, kw_only=True, tag="parcel"):
     origin: tuple[str | None, str | None]
     #: the running request this is for; None: of a finished one
     request: bytes | None = None
+    #: cryptographic, of each block (`transport.digest`); empty where its transport has no need of them
+    digests: list[bytes] = []
 
 
 class Ended(msgspec.Struct, frozen=True, kw_only=True, tag="ended"):
@@ -79,6 +96,13 @@ class Ended(msgspec.Struct, frozen=True, kw_only=True, tag="ended"):
 
 class Forget(msgspec.Struct, frozen=True, kw_only=True, tag="forget"):
     """The source's cache was flushed: drop everything that it sent."""
+
+    session: str
+    sequence: int
+
+
+class Still(msgspec.Struct, frozen=True, kw_only=True, tag="still"):
+    """Nothing is new. Answered as all the others, so that a source with nothing to send learns if the link is gone."""
 
     session: str
     sequence: int
@@ -146,7 +170,7 @@ class Release(msgspec.Struct, frozen=True, kw_only=True, tag="release"):
     ticket: str
 
 
-ToStore = Hello | Parcel | Ended | Forget | Lookup | Release
+ToStore = Hello | Parcel | Ended | Forget | Still | Lookup | Release
 FromStore = Accept | Refuse | Ack | Resync | Held
 
 
@@ -155,8 +179,8 @@ class ShadowCounters(msgspec.Struct, kw_only=True):
 
     #: how many ranks it is for: those that have the same KV keep one shadow together
     ranks: int = 1
-    #: (group, epoch) that keeps this rank's shadow, and whether it accepted
-    to: tuple[int, int] | None = None
+    #: name and epoch of the group that keeps this rank's shadow, and whether it accepted
+    to: tuple[str, int] | None = None
     linked: bool = False
     #: valid KV of running requests that the target has not acknowledged; 0 while there is none
     lag_tokens: int = 0

@@ -255,7 +255,7 @@ class Exporter:
         if not copies:
             return
         staged = self._rows.read(torch.cat([copy.slots for copy in copies]))
-        limit = max(1, self._sender.window_bytes // 4 // (self._rows.token_bytes * self._block))
+        limit = self._sender.piece_blocks
         at = 0
         for copy in copies:
             sequence, first, last, request = copy.sequence, copy.first, copy.last, copy.request

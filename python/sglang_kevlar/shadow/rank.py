@@ -7,23 +7,26 @@ import logging
 import math
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import zmq
 from sglang.srt.managers.io_struct import FlushCacheReqInput
 from sglang.srt.runtime_context import get_parallel
 
+from sglang_kevlar.cluster import keys
 from sglang_kevlar.control.shadow_keys import block_tokens
 from sglang_kevlar.protocol.launch import LaunchPlan, Paths, window_name
-from sglang_kevlar.protocol.shadow import SHADOW_VERSION, Layout, ShadowCounters
+from sglang_kevlar.protocol.shadow import SHADOW_VERSION, Layout, ShadowCounters, ShadowTarget
 from sglang_kevlar.shadow import shelf
 from sglang_kevlar.shadow.export import Exporter
 from sglang_kevlar.shadow.lookup import Lookups, PromoteReq
 from sglang_kevlar.shadow.pool import PoolRows
 from sglang_kevlar.shadow.promote import Promoter
 from sglang_kevlar.shadow.sender import ShadowSender, Target
-from sglang_kevlar.shadow.server import ShadowServer
+from sglang_kevlar.shadow.server import Port, ShadowServer
 from sglang_kevlar.shadow.shelf import SharedStore
+from sglang_kevlar.shadow.sockets import Network, is_network, listen
 from sglang_kevlar.shadow.store import ShadowStore
 from sglang_kevlar.transport import Transport, TransportError, choose
 from sglang_kevlar.worker.resume import ShadowPlanReq
@@ -33,8 +36,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: all groups are on this host; what listens there is not for the network
-GROUPS_HOST = "127.0.0.1"
+#: where ranks are reached that nobody of another host comes to
+LOOPBACK = "127.0.0.1"
 #: seconds between two looks for what can be promoted ahead
 AHEAD_INTERVAL = 0.1
 
@@ -79,7 +82,7 @@ class Line(Protocol):
 
     def transport(self, transport: Transport) -> Transport: ...
 
-    def dial(self, endpoint: str) -> zmq.Socket[bytes]: ...
+    def dial(self, network: Network, endpoint: str, unread: int) -> zmq.Socket[bytes]: ...
 
 
 class RankShadow:
@@ -93,25 +96,37 @@ class RankShadow:
         )
         if capacity < 1:
             raise ValueError("--shadow-memory has no room for a single block")
-        self._paths = paths
         self._rank = rank
         self.counters = ShadowCounters(
             ranks=place.sharers, token_bytes=layout.token_bytes, store_capacity_tokens=capacity * layout.block_tokens
         )
         self._store = ShadowStore(capacity, layout.block_bytes, place.sharers)
-        transport = choose(args.shadow_transport, GROUPS_HOST)
-        self._server = ShadowServer(place.endpoint(rank), layout, self._store, transport, self.counters)
+        network = Network(keys.load(args.cluster_key_file))
+        near = choose(args.shadow_transport, args.advertise or LOOPBACK)
+        tcp = near if near.name == "tcp" else choose("tcp", LOOPBACK)
+        far = tcp if near.name == "shm" else near
+        #: how KV is sent to ranks that are reached through files, and over the network
+        self._near, self._far = (near, far) if line is None else (line.transport(near), line.transport(far))
+        #: where ranks of other hosts reach the store; empty: nowhere
+        self.endpoint = ""
+        ports: list[Port] = []
+        if args.advertise is not None or args.shadow_transport == "tcp":
+            largest = max(layout.block_bytes, tcp.push_bytes)
+            socket, self.endpoint = network.listen(args.advertise or LOOPBACK, largest)
+            ports.append(Port(socket, {far, tcp}, local=False))
+        ports.append(Port(listen(place.endpoint(rank)), [near]))
+        self._server = ShadowServer(ports, layout, self._store, self.counters)
         windows = itertools.count()
         self._sender = ShadowSender(
-            group,
+            place.plan.launch_id,
+            str(group),
             epoch,
             layout,
             args.shadow_bandwidth * 1e6,
-            transport if line is None else line.transport(transport),
+            network.dial if line is None else partial(line.dial, network),
             lambda: window_name(place.plan.launch_id, group, epoch, rank, next(windows)),
             self.counters,
             paths.shadow_counters(group, epoch, rank),
-            None if line is None else line.dial,
         )
         tree = scheduler.tree_cache
         self.exporter = Exporter(
@@ -145,11 +160,14 @@ class RankShadow:
             # What it holds is of other weights, and would only be found if a name came back.
             self._store.clear()
         self.exporter.set_content(plan.content)
-        target = None
-        if plan.target is not None:
-            group, epoch = plan.target
-            target = Target(group, epoch, self._paths.channel(group, epoch, f"shadow{self._rank}"))
-        self._sender.retarget(target)
+        self._sender.retarget(None if plan.target is None else self._target(plan.target))
+
+    def _target(self, told: ShadowTarget) -> Target | None:
+        """None when the rank that corresponds to this one has no store."""
+        endpoint = told.endpoints[self._rank] if self._rank < len(told.endpoints) else ""
+        if not endpoint:
+            return None
+        return Target(told.name, told.epoch, endpoint, self._far if is_network(endpoint) else self._near)
 
     def flushed(self) -> None:
         """The cache was flushed: neither this rank nor the one that keeps its shadow remembers anything."""
@@ -200,7 +218,8 @@ def start(
 
     None of both when there cannot be a shadow: requests are then computed again at a failover, and the log says why.
     """
-    if plan.kevlar.shadow_memory == 0 or plan.kevlar.worker_groups == 1:
+    alone = plan.kevlar.worker_groups == 1 and plan.kevlar.advertise is None
+    if plan.kevlar.shadow_memory == 0 or alone:
         return None, None
     try:
         if scheduler.disable_radix_cache or not hasattr(scheduler.tree_cache, "tree_core"):
@@ -211,7 +230,7 @@ def start(
             raise ValueError("KV of draft models is not supported")
         cuda = scheduler.device == "cuda"
         rows = PoolRows(scheduler.token_to_kv_pool_allocator.get_kvcache(), scheduler.forward_stream if cuda else None)
-        place = Place(plan, paths, group, epoch, rank, rows, _layout(scheduler, rows, plan.upstream))
+        place = Place(plan, paths, group, epoch, rank, rows, _layout(scheduler, rows, plan))
         if place.sharers > 1:
             shelf.check()
         if place.keeper != rank:
@@ -219,7 +238,7 @@ def start(
             return None, _promoter(scheduler, place, store, ShadowCounters())
         shadow = RankShadow(scheduler, place, line)
         return shadow, shadow.promoter
-    except (ValueError, TransportError) as reason:
+    except (ValueError, TransportError, keys.KeyProblem) as reason:
         logger.warning("KV is not shadowed: %s. A request of a lost worker group is computed again.", reason)
         return None, None
 
@@ -241,13 +260,15 @@ def _promoter(
     )
 
 
-def _layout(scheduler: Scheduler, rows: PoolRows, upstream: str) -> Layout:
+def _layout(scheduler: Scheduler, rows: PoolRows, plan: LaunchPlan) -> Layout:
     parallel = get_parallel()
     args = scheduler.server_args
+    # On other hosts the same model may lie elsewhere.
+    model = args.model_path if plan.configuration is None else plan.configuration.model_digest
     return Layout(
         version=SHADOW_VERSION,
-        upstream=upstream,
-        model=f"{args.model_path} {args.revision} {args.load_format} {args.quantization}",
+        upstream=plan.upstream,
+        model=f"{model} {args.revision} {args.load_format} {args.quantization}",
         shard=f"tp{parallel.tp_rank}/{parallel.tp_size} pp{parallel.pp_rank}/{parallel.pp_size}",
         kv_dtype=rows.dtype,
         page_size=scheduler.page_size,

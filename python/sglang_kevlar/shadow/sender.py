@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import msgspec
+import numpy as np
 import zmq
 
 from sglang_kevlar.control.shadow_index import Origin
@@ -32,10 +33,11 @@ from sglang_kevlar.protocol.shadow import (
     Refuse,
     Resync,
     ShadowCounters,
+    Still,
 )
 from sglang_kevlar.shadow.pool import Staged, pack
-from sglang_kevlar.shadow.sockets import dial, frame, unframe
-from sglang_kevlar.transport import Outgoing, Transport, TransportError
+from sglang_kevlar.shadow.sockets import UNREAD, frame, unframe
+from sglang_kevlar.transport import Outgoing, Transport, TransportError, digest
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +46,8 @@ WINDOW_BYTES = 32 << 20
 WINDOW_BLOCKS = 8
 #: seconds after which a target that acknowledges nothing is begun with anew
 SILENCE = 10.0
+#: seconds after which a target is told that there is nothing to tell, so that it answers
+STILL = 5.0
 #: milliseconds between two looks at the clock while nothing happens
 TICK = 100
 #: seconds without parcels when two sessions went wrong shortly one after the other: the next may, too, and each costs
@@ -83,9 +87,13 @@ class _Flush:
 
 @dataclass
 class Target:
-    group: int
+    """The store of one rank of an incarnation."""
+
+    name: str
     epoch: int
     endpoint: str
+    #: how KV goes there
+    transport: Transport
 
 
 class ShadowSender:
@@ -93,26 +101,32 @@ class ShadowSender:
 
     def __init__(
         self,
-        group: int,
+        launch: str,
+        group: str,
         epoch: int,
         layout: Layout,
         bandwidth: float,
-        transport: Transport,
+        dial: Callable[[str, int], zmq.Socket[bytes]],
         new_window: Callable[[], str],
         counters: ShadowCounters,
         counters_file: str,
-        dial_instead: Callable[[str], zmq.Socket[bytes]] | None = None,
     ) -> None:
-        """``bandwidth``: bytes a second, 0 for no limit. ``new_window``: a name for a window, another at each call."""
-        self._group, self._epoch = group, epoch
+        """``bandwidth``: bytes a second, 0 for no limit. ``new_window``: a name for a window, another at each call.
+
+        ``dial``: by endpoint, and how many messages may wait for it.
+        """
+        self._launch, self._group, self._epoch = launch, group, epoch
         self._layout = layout
         self._bandwidth = bandwidth
-        self._transport = transport
         self._new_window = new_window
         self._counters = counters
         self._counters_file = counters_file
         self._written = b""
         self.window_bytes = max(WINDOW_BYTES, WINDOW_BLOCKS * layout.block_bytes)
+        #: most blocks of a piece
+        self.piece_blocks = 1
+        #: every parcel that the window has room for, and as many other messages as there may ever be
+        self._unread = self.window_bytes // layout.block_bytes + UNREAD
         #: what the target has. None while there is no session; another object when nothing is known any more, and
         #: everything has to be sent (again)
         self.link: ShadowLink | None = None
@@ -122,7 +136,7 @@ class ShadowSender:
         self._staged_lock = threading.Lock()
         self._wanted: Target | None = None
         self._wake = os.eventfd(0, os.EFD_NONBLOCK)
-        self._dial = dial_instead
+        self._dial = dial
         self._socket: zmq.Socket[bytes] | None = None
         self._session = ""
         self._window: Outgoing | None = None
@@ -130,6 +144,10 @@ class ShadowSender:
         self._opened_at = self._progress_at = 0.0
         self._wrong_at = -2 * PAUSE
         self._sent_sequence = 0
+        #: all before this number is acknowledged
+        self._answered = 0
+        #: when the last one was sent
+        self._said_at = 0.0
         #: acknowledgements of this session that have come
         self._acknowledgements = 0
         #: parcels that are not acknowledged, and when their KV was copied
@@ -239,12 +257,13 @@ class ShadowSender:
         self._receive()
         try:
             self._work()
+            if self.link is not None and now - self._said_at > STILL:
+                self._say(Still(session=self._session, sequence=self._next_sequence()))
         except zmq.Again:
             self._start_over("it does not read")
         except TransportError as error:
             self._start_over(str(error))
-        oldest = self.link.oldest if self.link is not None else None
-        waiting = self._socket is not None and (self.link is None or oldest is not None)
+        waiting = self._socket is not None and (self.link is None or self._answered < self._sent_sequence)
         if waiting and now - max(self._progress_at, self._opened_at) > SILENCE:
             self._start_over(f"no answer for {SILENCE:g} s")
 
@@ -253,18 +272,23 @@ class ShadowSender:
         self._target = target
         self._opened_at = time.monotonic()
         try:
-            self._window = self._transport.offer(name, self.window_bytes)
+            self._window = target.transport.offer(name, self.window_bytes)
+            self._socket = self._dial(target.endpoint, self._unread)
         except TransportError as error:
-            logger.error("no window for a shadow: %s", error)
+            logger.error("no window for a shadow, or no way to it: %s", error)
+            self._close_socket()
             return
         self._session = name
-        self._socket = (self._dial or dial)(target.endpoint)
+        most = min(self.window_bytes // 4, target.transport.push_bytes)
+        self.piece_blocks = max(1, most // self._layout.block_bytes)
         self._say(
             Hello(
                 session=name,
+                launch=self._launch,
                 group=self._group,
                 epoch=self._epoch,
                 layout=self._layout,
+                transport=target.transport.name,
                 window=self._window.descriptor,
                 window_bytes=self.window_bytes,
             )
@@ -288,7 +312,7 @@ class ShadowSender:
     def _start_over(self, reason: str) -> None:
         target = self._target
         assert target is not None
-        logger.warning("shadow at worker group %d (epoch %d): starting over: %s", target.group, target.epoch, reason)
+        logger.warning("shadow at worker group %s (epoch %d): starting over: %s", target.name, target.epoch, reason)
         self._counters.resyncs += 1
         now = time.monotonic()
         if now - self._wrong_at < 2 * PAUSE:
@@ -297,10 +321,13 @@ class ShadowSender:
         self._close_socket()
         self._connect(target)
 
-    def _say(self, message: Hello | Parcel | Ended | Forget) -> None:
+    def _say(self, message: Hello | Parcel | Ended | Forget | Still, along: np.ndarray | None = None) -> None:
         """Raises zmq.Again when too much waits to be sent already: the target does not read."""
         assert self._socket is not None
-        self._socket.send(frame(message), zmq.NOBLOCK)
+        parts: list[bytes | memoryview] = [frame(message)]
+        if along is not None:
+            parts.append(along.data)
+        self._socket.send_multipart(parts, zmq.NOBLOCK, copy=False)
 
     def _receive(self) -> None:
         while self._socket is not None:
@@ -319,17 +346,19 @@ class ShadowSender:
                 try:
                     self._window.accepted(message.window)
                 except TransportError as error:
-                    logger.error("worker group %d cannot be sent our KV: %s", target.group, error)
+                    logger.error("worker group %s cannot be sent our KV: %s", target.name, error)
                     self._counters.resyncs += 1
                     self._close_socket()
                     continue
-                self._sent_sequence = self._acknowledgements = 0
+                self._sent_sequence = self._acknowledgements = self._answered = 0
+                self._said_at = time.monotonic()
                 self._unacknowledged.clear()
                 self.link = ShadowLink(self.window_bytes, message.held)
-                self._counters.to, self._counters.linked = (target.group, target.epoch), True
-                logger.info("KV is shadowed to worker group %d (epoch %d)", target.group, target.epoch)
+                self._counters.to, self._counters.linked = (target.name, target.epoch), True
+                how = target.transport.name
+                logger.info("KV is shadowed to worker group %s (epoch %d) by %s", target.name, target.epoch, how)
             elif isinstance(message, Refuse) and message.session == self._session:
-                logger.error("worker group %d refused to keep our KV: %s", target.group, message.reason)
+                logger.error("worker group %s refused to keep our KV: %s", target.name, message.reason)
                 self._close_socket()
             elif isinstance(message, Resync) and message.session == self._session:
                 self._start_over(message.reason)
@@ -339,6 +368,7 @@ class ShadowSender:
                     self._start_over("an acknowledgement is missing")
                     continue
                 self._acknowledgements += 1
+                self._answered = message.sequence + 1
                 self._counters.shadowed_tokens += self.link.acknowledge(message.sequence, message.gone)
                 while self._unacknowledged and self._unacknowledged[0][0] <= message.sequence:
                     self._unacknowledged.popleft()
@@ -361,21 +391,20 @@ class ShadowSender:
 
     def _send_piece(self, piece: Piece) -> bool:
         """False while the window has no room (an acknowledgement wakes us), or the bandwidth is used up."""
-        assert self.link is not None and self._window is not None
+        assert self.link is not None and self._window is not None and self._target is not None
         if time.monotonic() < self._not_before:
             return False
         size = len(piece.keys) * self._layout.block_bytes
         room = self.link.send(size, len(piece.keys) * self._layout.block_tokens, self._sent_sequence)
         if room is None:
             return False
-        if self.link.oldest == self._sent_sequence:
-            self._progress_at = time.monotonic()  # nothing was to be answered until now
         sequence = self._next_sequence()
         self._unacknowledged.append((sequence, piece.at))
         out = self._window.bytes[room : room + size].reshape(len(piece.keys), -1)
         pack(piece.staged.wait(), piece.first, len(piece.keys), self._layout.block_tokens, out)
         crcs = [zlib.crc32(block.data) for block in out]
-        self._window.push(room, size)
+        digests = [] if self._target.transport.authentic else [digest(block.data) for block in out]
+        along = self._window.push(room, size)
         self._say(
             Parcel(
                 session=self._session,
@@ -387,7 +416,9 @@ class ShadowSender:
                 tokens=piece.tokens,
                 origin=piece.origin,
                 request=piece.request,
-            )
+                digests=digests,
+            ),
+            along,
         )
         self._counters.sent_tokens += len(piece.keys) * self._layout.block_tokens
         self._counters.sent_bytes += size
@@ -402,6 +433,9 @@ class ShadowSender:
         return round((time.monotonic() - min(pending)) * 1e3, 1) if self.link is not None and pending else 0.0
 
     def _next_sequence(self) -> int:
+        self._said_at = time.monotonic()
+        if self._answered == self._sent_sequence:
+            self._progress_at = self._said_at  # nothing was to be answered until now
         self._sent_sequence += 1
         return self._sent_sequence - 1
 

@@ -21,6 +21,7 @@ import numpy as np
 from sglang_kevlar.control.shadow_index import Block, Origin, StoreIndex
 from sglang_kevlar.protocol.shadow import Shelf
 from sglang_kevlar.shadow.shelf import MappableMemory
+from sglang_kevlar.transport import digest
 
 #: seconds after which a ticket that was never returned ends: its request did not reach the scheduler
 TICKET_LIFE = 600.0
@@ -31,7 +32,7 @@ CHECK_BYTES = 4 << 20
 
 
 class DamagedBlock(Exception):
-    """The bytes of a block do not have the checksum that they were sent with."""
+    """The bytes of a block do not have the checksum or digest that they were sent with."""
 
 
 @dataclass
@@ -85,11 +86,13 @@ class ShadowStore:
         origin: Origin,
         data: np.ndarray,
         request: bytes | None,
+        digests: Sequence[bytes] = (),
     ) -> list[bytes]:
         """Keep blocks that follow each other; ``data``: uint8 (blocks, block bytes).
 
-        ``tokens`` are int64, the same number for each block. ``request``: the running one they are for. Returns the
-        keys of those that there was no room for, or no block before. Raises DamagedBlock; what came before it is kept.
+        ``tokens`` are int64, the same number for each block. ``request``: the running one they are for. ``digests``: of
+        each, where somebody may have written other bytes with the same ``crcs``. Returns the keys of those that there
+        was no room for, or no block before. Raises DamagedBlock; what came before it is kept.
         """
         width = len(tokens) // len(keys)
         for position, (key, crc) in enumerate(zip(keys, crcs, strict=True)):
@@ -104,7 +107,8 @@ class ShadowStore:
                         return [*lost, *keys[position:]]
                     self._memory[slot] = data[position]
                     # After copying: what the source does to the window later changes nothing.
-                    if zlib.crc32(self._memory[slot].data) != crc:
+                    block = self._memory[slot].data
+                    if zlib.crc32(block) != crc or (digests and digest(block) != digests[position]):
                         self._index.remove(key)
                         raise DamagedBlock
                 if request is not None:

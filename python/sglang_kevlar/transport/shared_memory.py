@@ -12,13 +12,17 @@ import re
 
 import numpy as np
 
-from sglang_kevlar.transport import TransportError
+from sglang_kevlar.transport import TransportError, nothing_along
 
 DIRECTORY = "/dev/shm"
 _NAME = re.compile(r"kevlar-[0-9a-f]{8}-g\d+e\d+\.window\d+\.\d+")
 
 
 class SharedMemory:
+    name = "shm"
+    authentic = True
+    push_bytes = 8 << 20
+
     def offer(self, name: str, size: int) -> OutgoingWindow:
         return OutgoingWindow(name, size)
 
@@ -82,6 +86,10 @@ class IncomingWindow:
             raise TransportError(f"the window cannot be mapped: {error}") from None
         finally:
             os.close(descriptor)
+
+    def read(self, offset: int, size: int, along: bytes | None) -> np.ndarray:
+        nothing_along(along)
+        return self.bytes[offset : offset + size]
 
     def close(self) -> None:
         del self.bytes

@@ -19,8 +19,9 @@ import msgspec
 #: exact versions with a module of declarations
 SUPPORTED = ("0.5.21",)
 
-#: ``prepare`` resolves the flags, ``cpu`` is the CPU platform. A seam is checked only in processes that use it.
-Role = Literal["prepare", "frontend", "rank", "detokenizer", "cpu"]
+#: ``prepare`` resolves the flags, ``gateway`` stands for frontends of other hosts, ``cpu`` is the CPU platform. A seam
+#: is checked only in processes that use it.
+Role = Literal["prepare", "frontend", "gateway", "rank", "detokenizer", "cpu"]
 
 
 class UpstreamMismatch(Exception):

@@ -13,6 +13,9 @@ PATCHES: tuple[str, ...] = ("0001-ollama-last-text.patch",)
 
 _PREPARE: tuple[Role, ...] = ("prepare",)
 _FRONTEND: tuple[Role, ...] = ("frontend",)
+_GATEWAY: tuple[Role, ...] = ("gateway",)
+#: both speak to groups
+_SPEAKERS: tuple[Role, ...] = ("frontend", "gateway")
 _RANK: tuple[Role, ...] = ("rank",)
 _DETOKENIZER: tuple[Role, ...] = ("detokenizer",)
 _SERVING: tuple[Role, ...] = ("frontend", "rank", "detokenizer")
@@ -47,19 +50,44 @@ def _methods(cls: str, roles: tuple[Role, ...], **signatures: str) -> tuple[Seam
 _START = (
     _seam("srt.server_args:prepare_server_args", _PREPARE, signature="argv"),
     _seam("srt.server_args:ServerArgs", _PREPARE, fields="resolve_once check_server_args add_cli_args __reduce__"),
+    _seam(
+        "srt.server_args:ServerArgs",
+        _PREPARE,
+        fields="tokenizer_path revision quantization kv_cache_dtype page_size lora_paths random_seed",
+    ),
     _seam("srt.server_args:ServerArgs", _ALL, fields="host port model_path tp_size pp_size"),
     _seam("srt.arg_groups.overrides:resolving_view", _PREPARE, signature="server_args"),
     _seam("srt.arg_groups.model_override_base:model_config_of", _PREPARE, signature="server_args"),
-    _seam("srt.configs.model_config:ModelConfig", _PREPARE, fields="is_multimodal hf_config model_path"),
+    _seam(
+        "srt.configs.model_config:ModelConfig",
+        _PREPARE,
+        fields="is_multimodal hf_config model_path dtype context_len",
+    ),
     _seam("srt.entrypoints.engine:_set_envs_and_config", _PREPARE, signature="server_args"),
     _seam("srt.parser.template_detection:resolve_auto_parsers", _PREPARE, signature="server_args"),
-    _seam("srt.utils:configure_logger", _PREPARE, passes="server_args"),
+    _seam("srt.utils:configure_logger", _PREPARE + _GATEWAY, passes="server_args prefix"),
     _seam("srt.plugins:load_plugins", _ALL, signature=""),
     _seam("srt.plugins.hook_registry:HookRegistry", _ALL, fields="_hooks _patched"),
     _seam("srt.plugins.hook_registry:HookRegistry.register", _ALL, passes="target hook hook_type"),
     _seam("srt.plugins.hook_registry:HookType", _ALL, fields="AFTER AROUND"),
     _seam("srt.utils:set_ulimit", _RANK + _DETOKENIZER, passes=""),
 )
+
+#: what travels between hosts, besides requests and outputs (`cluster.wire`)
+_ON_THE_WIRE = """
+    GetInternalStateReq GetInternalStateReqOutput GetWeightsByNameReqInput GetWeightsByNameReqOutput
+    CheckWeightsReqInput CheckWeightsReqOutput FlushCacheReqInput FlushCacheReqOutput PauseGenerationReqInput
+    ContinueGenerationReqInput UpdateWeightFromDiskReqInput UpdateWeightFromDiskReqOutput
+    UpdateWeightVersionReqInput UpdateWeightVersionReqOutput UpdateWeightsFromDistributedReqInput
+    UpdateWeightsFromDistributedReqOutput InitWeightsUpdateGroupReqInput InitWeightsUpdateGroupReqOutput
+    DestroyWeightsUpdateGroupReqInput DestroyWeightsUpdateGroupReqOutput BeginWeightUpdateReqInput
+    BeginWeightUpdateReqOutput EndWeightUpdateReqInput EndWeightUpdateReqOutput ReleaseMemoryOccupationReqInput
+    ReleaseMemoryOccupationReqOutput ResumeMemoryOccupationReqInput ResumeMemoryOccupationReqOutput
+    LoadLoRAAdapterReqInput UnloadLoRAAdapterReqInput LoRAUpdateOutput SetInternalStateReq
+    SetInternalStateReqOutput ProfileReq ProfileReqOutput ExpertDistributionReq ExpertDistributionReqOutput
+    SlowDownReqInput SlowDownReqOutput FreezeGCReq ConfigureLoggingReq TokenizedGenerateReqInput
+    TokenizedEmbeddingReqInput AbortReq BatchStrOutput BatchTokenIDOutput BatchEmbeddingOutput
+""".split()  # noqa: SIM905 - a list of that would be a page long
 
 _IPC = (
     _seam(
@@ -68,16 +96,19 @@ _IPC = (
         signature="tokenizer_ipc_name scheduler_input_ipc_name detokenizer_ipc_name nccl_port rpc_ipc_name "
         "metrics_ipc_name tokenizer_worker_ipc_name decoupled_spec_ipc_config load_collector_ipc_name instance_id",
     ),
-    _seam("srt.managers.io_struct:", _SERVING),
-    _seam("srt.managers.io_struct:hook_custom_types", _FRONTEND + _RANK),
-    _seam("srt.managers.io_struct:sock_send", _FRONTEND, signature="socket obj flags"),
-    _seam("srt.managers.io_struct:sock_recv", _FRONTEND, signature="socket flags"),
-    _seam("srt.managers.io_struct:msgpack_decode", _FRONTEND, signature="data"),
+    _seam("srt.managers.io_struct:", _SERVING + _GATEWAY),
+    *(_seam(f"srt.managers.io_struct:{name}", _SPEAKERS) for name in _ON_THE_WIRE),
+    # Cut by frontend, a value for each request: `cluster.batches`; a test looks at every field.
+    _seam("srt.managers.io_struct:BatchEmbeddingOutput", _SPEAKERS, fields="rids pooled_hidden_states"),
+    _seam("srt.managers.io_struct:hook_custom_types", _SPEAKERS + _RANK),
+    _seam("srt.managers.io_struct:sock_send", _SPEAKERS, signature="socket obj flags"),
+    _seam("srt.managers.io_struct:sock_recv", _SPEAKERS, signature="socket flags"),
+    _seam("srt.managers.io_struct:msgpack_decode", _SPEAKERS, signature="data"),
     _seam("srt.managers.io_struct:msgpack_encode", _FRONTEND, signature="obj"),
-    _seam("srt.utils.msgpack_utils:enc_hook", _FRONTEND, signature="obj"),
-    _seam("srt.utils.msgpack_utils:dec_hook", _FRONTEND, signature="tp obj"),
-    _seam("srt.utils.msgpack_utils:ext_hook", _FRONTEND, signature="code data"),
-    _seam("srt.managers.io_struct:_USE_PICKLE_IPC", _FRONTEND),
+    _seam("srt.utils.msgpack_utils:enc_hook", _SPEAKERS, signature="obj"),
+    _seam("srt.utils.msgpack_utils:dec_hook", _SPEAKERS, signature="tp obj"),
+    _seam("srt.utils.msgpack_utils:ext_hook", _SPEAKERS, signature="code data"),
+    _seam("srt.managers.io_struct:_USE_PICKLE_IPC", _SPEAKERS),
     _seam("srt.managers.io_struct:BaseReq", _FRONTEND + _RANK, fields="rid"),
     _seam(
         "srt.managers.io_struct:TokenizedGenerateReqInput",
@@ -214,10 +245,10 @@ _FRONTEND_SEAMS = (
     _seam("srt.managers.tokenizer_manager:ServerStatus", _FRONTEND, fields="Starting"),
     _seam("srt.managers.tokenizer_control_mixin:_COMMUNICATOR_SPECS", _FRONTEND),
     *_methods("srt.managers.communicator:FanOutCommunicator", _FRONTEND, set_fan_out="fan_out"),
-    _seam("srt.managers.load_snapshot:LoadSnapshot", _FRONTEND, fields="num_waiting_reqs"),
-    _seam("srt.managers.load_snapshot:ShmLoadSnapshotReader", _FRONTEND, signature="path dp_size", fields="close"),
-    _seam("srt.managers.load_snapshot:ShmLoadSnapshotReader.read", _FRONTEND, signature="self dp_rank"),
-    _seam("srt.managers.load_snapshot:shm_path_for", _FRONTEND, signature="ipc_name"),
+    _seam("srt.managers.load_snapshot:LoadSnapshot", _SPEAKERS, fields="num_waiting_reqs"),
+    _seam("srt.managers.load_snapshot:ShmLoadSnapshotReader", _SPEAKERS, signature="path dp_size", fields="close"),
+    _seam("srt.managers.load_snapshot:ShmLoadSnapshotReader.read", _SPEAKERS, signature="self dp_rank"),
+    _seam("srt.managers.load_snapshot:shm_path_for", _SPEAKERS, signature="ipc_name"),
     _seam("srt.runtime_context:get_lora", _FRONTEND, signature=""),
     _seam("srt.constants:HEALTH_CHECK_RID_PREFIX", _FRONTEND),
     _seam("srt.utils.auth:AuthLevel", _FRONTEND, fields="ADMIN_OPTIONAL"),
@@ -261,6 +292,7 @@ _WORKER_SEAMS = (
         ingest_requests="",
         _pp_recv_proxy_tensors="",
         on_idle="",
+        get_init_info="",
         _record_scheduler_state_for_paused_engine="",
     ),
     _seam(_SCHEDULER + ".handle_generate_request", _RANK, passes="recv_req"),

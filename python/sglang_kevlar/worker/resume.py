@@ -15,6 +15,7 @@ from sglang.srt.managers import io_struct
 from sglang.srt.managers.io_struct import BaseReq, TokenizedGenerateReqInput
 
 from sglang_kevlar.protocol.resume import ResumeState
+from sglang_kevlar.protocol.shadow import ShadowTarget
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -53,8 +54,8 @@ class ShadowPlanReq(BaseReq, kw_only=True):  # type: ignore[call-arg, misc]
 
     #: names the weights that it serves; empty while they change, when nothing is sent or promoted
     content: str
-    #: (group, epoch); None: nobody
-    target: tuple[int, int] | None = None
+    #: None: nobody
+    target: ShadowTarget | None = None
 
 
 def register_wire_types() -> None:

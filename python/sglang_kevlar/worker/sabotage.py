@@ -13,10 +13,11 @@ from collections import Counter, deque
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+import numpy as np
 import zmq
 
 from sglang_kevlar.protocol.chaos import HARMS, HarmFrames, Obeyed, Order, Raise, Report, Sleep
-from sglang_kevlar.shadow.sockets import dial
+from sglang_kevlar.shadow.sockets import Network
 from sglang_kevlar.transport import Incoming, Outgoing, Transport
 
 if TYPE_CHECKING:
@@ -103,8 +104,8 @@ class FrameHarm:
         self._harm = "any"
         self._chance = random.Random(0)
         self._harmed: Counter[str] = Counter()
-        #: the newest frames, also of sessions that are over, for replays
-        self._sent: deque[bytes] = deque(maxlen=REMEMBERED)
+        #: the newest messages, also of sessions that are over, for replays
+        self._sent: deque[list[bytes]] = deque(maxlen=REMEMBERED)
 
     def begin(self, order: HarmFrames) -> None:
         with self._lock:
@@ -117,8 +118,8 @@ class FrameHarm:
     def transport(self, transport: Transport) -> Transport:
         return _HarmedTransport(transport, self)
 
-    def dial(self, endpoint: str) -> zmq.Socket[bytes]:
-        socket = dial(endpoint, _HarmedSocket)
+    def dial(self, network: Network, endpoint: str, unread: int) -> zmq.Socket[bytes]:
+        socket = network.dial(endpoint, unread, _HarmedSocket)
         assert isinstance(socket, _HarmedSocket)
         socket._harm, socket._held, socket._sent = self, None, self._sent
         return socket
@@ -144,6 +145,7 @@ class _HarmedTransport:
     def __init__(self, transport: Transport, harm: FrameHarm) -> None:
         self._transport = transport
         self._harm = harm
+        self.name, self.authentic, self.push_bytes = transport.name, transport.authentic, transport.push_bytes
 
     def offer(self, name: str, size: int) -> Outgoing:
         return _HarmedWindow(self._transport.offer(name, size), self._harm)
@@ -162,13 +164,13 @@ class _HarmedWindow:
     def accepted(self, descriptor: str) -> None:
         self._window.accepted(descriptor)
 
-    def push(self, offset: int, size: int) -> None:
+    def push(self, offset: int, size: int) -> np.ndarray | None:
         harm, where = self._harm.draw(_OF_WINDOWS)
         if harm:
             # The checksums of these bytes are taken by now.
             bit = int(where * size * 8)
             self.bytes[offset + bit // 8] ^= 1 << bit % 8
-        self._window.push(offset, size)
+        return self._window.push(offset, size)
 
     def close(self) -> None:
         self._window.close()
@@ -176,33 +178,34 @@ class _HarmedWindow:
 
 
 class _HarmedSocket(zmq.Socket[bytes]):
-    """A frame that is held back to be swapped goes after the next one."""
+    """A message that is held back to be swapped goes after the next one. What comes along with it stays as it is."""
 
     # Declared: a socket takes other attributes for options.
     _harm: FrameHarm
-    _held: bytes | None
-    _sent: deque[bytes]
+    _held: list[bytes] | None
+    _sent: deque[list[bytes]]
 
-    def send(self, data: Any, flags: int = 0, *args: Any, **kwargs: Any) -> Any:
+    def send_multipart(self, msg_parts: Any, flags: int = 0, *args: Any, **kwargs: Any) -> Any:
         """Raises zmq.Again."""
-        for frame in self._harmed(data):
-            super().send(frame, flags, *args, **kwargs)
-        self._sent.append(data)
+        message = [bytes(part) for part in msg_parts]
+        for harmed in self._harmed(message):
+            super().send_multipart(harmed, flags)
+        self._sent.append(message)
 
-    def _harmed(self, frame: bytes) -> list[bytes]:
+    def _harmed(self, message: list[bytes]) -> list[list[bytes]]:
         if self._held is not None:
             held, self._held = self._held, None
-            return [frame, held]
+            return [message, held]
         harm, where = self._harm.draw(_OF_FRAMES if self._sent else _OF_THE_FIRST)
         if harm == "truncate":
-            return [frame[: int(where * len(frame))]]
+            return [[message[0][: int(where * len(message[0]))], *message[1:]]]
         if harm == "drop":
             return []
         if harm == "double":
-            return [frame, frame]
+            return [message, message]
         if harm == "replay":
-            return [frame, self._sent[int(where * len(self._sent))]]
+            return [message, self._sent[int(where * len(self._sent))]]
         if harm == "swap":
-            self._held = frame
+            self._held = message
             return []
-        return [frame]
+        return [message]

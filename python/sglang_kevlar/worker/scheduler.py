@@ -27,6 +27,7 @@ from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.runtime_context import get_parallel
 from sglang.utils import TypeBasedDispatcher
 
+from sglang_kevlar.protocol.group import SHADOW_ENDPOINT
 from sglang_kevlar.protocol.resume import MOVED
 from sglang_kevlar.shadow.lookup import PromoteReq
 from sglang_kevlar.shadow.promote import Promoter
@@ -104,6 +105,10 @@ class KevlarScheduler(Scheduler):  # type: ignore[misc]
     def start_shadow(self) -> tuple[RankShadow | None, Promoter | None]:
         """This rank's part of the shadow. A rank process, which knows its group, makes one."""
         return None, None
+
+    def get_init_info(self) -> dict[str, Any]:
+        said: dict[str, Any] = super().get_init_info()
+        return said if self.shadow is None else {**said, SHADOW_ENDPOINT: self.shadow.endpoint}
 
     # --- resuming a request
 

@@ -30,7 +30,14 @@ from sglang_kevlar.control.detection import CALM_INTERVAL, EpochWatch, Observati
 from sglang_kevlar.launcher.process import adopt_orphans, identify, reap_adopted, record
 from sglang_kevlar.launcher.rundir import end_recorded
 from sglang_kevlar.launcher.status import EXIT_FAILED_START, StatusWriter
-from sglang_kevlar.protocol.group import REPORT_INTERVAL, GroupPhase, GroupReport, KillGroup, ProcessRef
+from sglang_kevlar.protocol.group import (
+    REPORT_INTERVAL,
+    SHADOW_ENDPOINT,
+    GroupPhase,
+    GroupReport,
+    KillGroup,
+    ProcessRef,
+)
 from sglang_kevlar.protocol.launch import EXIT_CONFIG, LaunchPlan, Paths
 from sglang_kevlar.worker import group_files
 from sglang_kevlar.worker.free_port import free_port
@@ -312,6 +319,7 @@ class Supervisor:
         now = time.monotonic()
         self._next_report = now + REPORT_INTERVAL
         down = self._phase in ("down", "stopped")
+        ready = self._phase == "ready"
         rank0 = self._members.get("rank0")
         report = GroupReport(
             group=self._group,
@@ -319,7 +327,8 @@ class Supervisor:
             phase=self._phase,
             supervisor=self._self_ref,
             members=[] if down else [ProcessRef(m.name, *m.process.identity) for m in self._members.values()],
-            init_info=rank0.init_info if rank0 is not None and self._phase == "ready" else None,
+            init_info=rank0.init_info if rank0 is not None and ready else None,
+            shadow_endpoints=self._shadow_endpoints() if ready else [],
             cause=self._cause,
             failed_starts=self._failed_starts,
             retry_in=max(0.0, self._next_start - now) if down else 0.0,
@@ -328,6 +337,13 @@ class Supervisor:
             self._control.send(msgspec.msgpack.encode(report), zmq.NOBLOCK)
         except zmq.Again:
             pass  # no frontend; the next report says it all again
+
+    def _shadow_endpoints(self) -> list[str]:
+        """By rank; none when no rank has one."""
+        ranks = range(self._plan.tp_size * self._plan.pp_size)
+        members = [self._members.get(f"rank{rank}") for rank in ranks]
+        said = [(member.init_info or {}).get(SHADOW_ENDPOINT) for member in members if member is not None]
+        return [str(endpoint or "") for endpoint in said] if any(said) else []
 
     def _catch_signals(self) -> socket.socket:
         ours, theirs = socket.socketpair()

@@ -1,0 +1,92 @@
+"""The channel of a group that joined: its session, as far as it belongs to one incarnation."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from sglang.srt.managers.load_snapshot import LoadSnapshot
+
+from sglang_kevlar.cluster import wire
+from sglang_kevlar.control.shadow_partners import Place
+from sglang_kevlar.frontend.channels import CannotSend, Channel
+
+#: outputs that may wait for the actor; more than that it does not keep up with, and the group is given up
+MAX_WAITING = 65_536
+
+
+class SessionChannel(Channel):
+    """The session hands it what arrived, decoded and in order, until it is closed."""
+
+    remote = True
+
+    def __init__(
+        self,
+        group: int,
+        epoch: int,
+        capacity: int,
+        place: Place,
+        send: Callable[[bytes], None],
+        load: Callable[[], LoadSnapshot | None],
+        may_change: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """``send`` may end the session when the other end does not read, and raise CannotSend. ``load``: what the group
+        last said of its load. ``may_change``: whether it takes changes from this frontend."""
+        super().__init__(group, epoch, capacity, place)
+        self._send = send
+        self.load = load
+        self._may_change = may_change
+        self._waiting: deque[Any] = deque()
+        self._arrived = asyncio.Event()
+
+    async def connected(self) -> bool:
+        # It is ready, so its gateway has connected to it, and the session is what we are told that by.
+        return not self.closed
+
+    def send(self, message: Any) -> None:
+        if self.closed:
+            return
+        try:
+            payload = wire.encode(message)
+        except wire.NotForNetwork as reason:
+            raise CannotSend(str(reason)) from reason
+        self._send(payload)
+
+    def refusal(self, message: Any) -> str | None:
+        kind = type(message)
+        if not wire.reads(message) and not self._may_change():
+            only = "only from the first frontend of its --join, and not from one with --peers"
+            return f"worker group {self.group} takes {kind.__name__} {only}"
+        try:
+            wire.encode(message)
+        except wire.NotForNetwork as reason:
+            return f"worker group {self.group} is on another host: {reason}"
+        return None
+
+    def put(self, message: Any) -> bool:
+        """False: nothing more is taken."""
+        if self.closed or len(self._waiting) >= MAX_WAITING:
+            return False
+        self._waiting.append(message)
+        self._arrived.set()
+        return True
+
+    async def arrival(self) -> None:
+        while not self._waiting and not self.closed:
+            self._arrived.clear()
+            await self._arrived.wait()
+
+    def take(self) -> Any:
+        return self._waiting.popleft()
+
+    def drain(self) -> list[Any]:
+        arrived = list(self._waiting)
+        self._waiting.clear()
+        return arrived
+
+    def close(self) -> None:
+        self.closed = True
+        self._waiting.clear()
+        self._arrived.set()
