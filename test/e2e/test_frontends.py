@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -211,20 +211,33 @@ def run(case: Case, url: str) -> Answer:
 
 @pytest.mark.timeout(500)
 def test_frontends_and_groups_that_die_together(whole: Cluster, balancer: Balancer) -> None:
-    streams, rounds = 24, 3
+    die(whole, balancer, streams=24, rounds=3, seed=7, groups_too=lambda number: True)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_two_hundred_streams_and_twenty_dead_frontends(whole: Cluster, balancer: Balancer) -> None:
+    die(whole, balancer, streams=200, rounds=20, seed=8, groups_too=lambda number: number % 2 == 1)
+
+
+def die(
+    whole: Cluster, balancer: Balancer, streams: int, rounds: int, seed: int, groups_too: Callable[[int], bool]
+) -> None:
+    """In each round a frontend is killed, and in some a rank with it, while all streams run."""
     with httpx.Client(timeout=120) as plain, ThreadPoolExecutor(8) as pool:
         url = balancer.url
         bodies = [greedy(number, 40 + 20 * (number % 5)) for number in range(streams)]
         reference = list(pool.map(lambda body: outputs(plain, url, body)["output_ids"], bodies))
-    chance = random.Random(7)
+    chance = random.Random(seed)
     for number in range(rounds):
         whole.wait_whole()
         balancer.wait({"a": "UP", "b": "UP"})
         frontend, group = NAMES[number % 2], f"g{chance.randrange(2)}"
 
-        def kill(frontend: str = frontend, group: str = group) -> None:
+        def kill(frontend: str = frontend, group: str | None = group if groups_too(number) else None) -> None:
             time.sleep(chance.uniform(0.2, 1.5))
-            whole.kill_group(group)
+            if group is not None:
+                whole.kill_group(group)
             whole.kill_frontend(frontend)
 
         def ask(body: dict[str, Any]) -> list[int]:
@@ -237,6 +250,7 @@ def test_frontends_and_groups_that_die_together(whole: Cluster, balancer: Balanc
             answers = list(pool.map(ask, bodies))
         thread.join()
         assert answers == reference
+        print(f"round {number}: frontend {frontend}{f' and {group}' if groups_too(number) else ''}, all answers exact")
 
 
 def test_the_same_request_at_both_frontends_runs_once(whole: Cluster) -> None:
