@@ -14,7 +14,7 @@ from cluster_world import SAME
 from frontend_fakes import AbortReq, plan, str_batch, tokenized
 from sglang_kevlar.cluster import shared_group
 from sglang_kevlar.cluster.shared_group import SharedGroup
-from sglang_kevlar.control.membership import GroupKill, GroupLost, GroupReady
+from sglang_kevlar.control.membership import GroupChanged, GroupKill, GroupLost, GroupReady
 from sglang_kevlar.frontend.channels import CannotSend
 from sglang_kevlar.frontend.session_channel import SessionChannel
 from sglang_kevlar.frontend.sessions import GroupSessions
@@ -231,6 +231,7 @@ def test_only_the_first_changes_the_group_and_reads_go_to_those_who_asked(play) 
         assert (await arrived(w.first)).success
         w.first.sessions.close()
         await w.until(lambda: w.may_change(w.second), "the next is the first")
+        assert w.second.of(GroupChanged), "its actor has plans to tell now"
 
     play(script)
 

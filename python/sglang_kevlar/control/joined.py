@@ -12,6 +12,7 @@ from typing import Literal
 from sglang_kevlar.control.detection import EpochWatch, Loss
 from sglang_kevlar.control.membership import (
     Event,
+    GroupChanged,
     GroupKill,
     GroupLost,
     GroupReady,
@@ -179,6 +180,7 @@ class JoinedGroups:
             self._ids[g.name] = (g.id, g.epoch)
             g.stage, g.kill, g.suspicions = "starting", None, ()
             g.errors = EpochWatch(self._args, now)
+        before = g.may_change()
         g.state, g.role = state, state.role
         if state.phase in ("down", "stopped"):
             cause = state.cause or "reported down"
@@ -193,6 +195,8 @@ class JoinedGroups:
             events.append(GroupReady(g.id, g.epoch, state.init_info or {}, state.shadow_endpoints))
         elif state.phase == "starting":
             g.cause = state.cause
+        elif g.stage == "ready" and before != g.may_change():
+            events.append(GroupChanged(g.id, g.epoch))
         return events + self._suspect(g)
 
     def _suspect(self, g: JoinedGroup) -> list[Event]:

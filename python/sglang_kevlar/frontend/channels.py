@@ -63,6 +63,10 @@ class Channel:
         """Raises ChannelFull when the group does not read, CannotSend. After `close` nothing is sent."""
         raise NotImplementedError
 
+    def may_change(self) -> bool:
+        """Whether the group takes changes, and plans of shadows, from this frontend."""
+        return True
+
     def refusal(self, message: Any) -> str | None:
         """Why the group cannot be asked for this, or None. To be asked before a control request goes to any."""
         return None

@@ -54,9 +54,12 @@ class SessionChannel(Channel):
             raise CannotSend(str(reason)) from reason
         self._send(payload)
 
+    def may_change(self) -> bool:
+        return self._may_change()
+
     def refusal(self, message: Any) -> str | None:
         kind = type(message)
-        if not wire.reads(message) and not self._may_change():
+        if not wire.reads(message) and not self.may_change():
             return f"worker group {self.group} takes {kind.__name__} only from the first frontend of its --join"
         try:
             wire.encode(message)
