@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Coroutine
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -18,8 +19,8 @@ from sglang_kevlar.control.membership import GroupChanged, GroupKill, GroupLost,
 from sglang_kevlar.frontend.channels import CannotSend
 from sglang_kevlar.frontend.session_channel import SessionChannel
 from sglang_kevlar.frontend.sessions import GroupSessions
-from sglang_kevlar.launcher.join import ask
-from sglang_kevlar.protocol.cluster import GroupState
+from sglang_kevlar.launcher.join import JoinRefused, ask
+from sglang_kevlar.protocol.cluster import Ask, GroupState
 from sglang_kevlar.protocol.launch import JoinArgs, KevlarArgs, LaunchPlan, Paths
 from sglang_kevlar.worker.resume import ShadowPlanReq, StartedReqOutput
 
@@ -317,14 +318,15 @@ def test_a_payload_that_is_none_ends_the_session_and_the_next_is_tried(play) -> 
     play(script)
 
 
-def test_whoever_differs_is_refused_and_one_that_fits_suffices(play) -> None:
+@pytest.mark.parametrize(("field", "here"), [("model_digest", "abc"), ("version", "0.1.0"), ("upstream", "0.5.21")])
+def test_whoever_differs_is_refused_and_one_that_fits_suffices(play, field, here) -> None:
     async def script(w: World) -> None:
         w.second.sessions.close()
-        w.second = Frontend(w.addresses[1], "C", model_digest="other")
+        w.second = Frontend(w.addresses[1], "C", **{field: "other"})
         w.second.sessions.start()
         await w.until(lambda: bool(w.shared.refused), "refused")
         (reason,) = w.shared.refused.values()
-        assert "model_digest: 'other' here, 'abc' there" in reason and not w.shared.is_refused
+        assert f"{field}: 'other' here, '{here}' there" in reason and not w.shared.is_refused
 
     play(script)
 
@@ -333,5 +335,15 @@ def test_a_group_asks_with_what_to_start(play) -> None:
     async def script(w: World) -> None:
         setup = await asyncio.to_thread(ask, [f"127.0.0.1:{free_port()}", w.addresses[0]], None)
         assert setup.argv == ["--device", "cpu"] and setup.kevlar["lease"] == 1.0
+
+    play(script)
+
+
+def test_a_group_that_speaks_another_version_is_told_so_before_it_starts(play, monkeypatch) -> None:
+    monkeypatch.setattr("sglang_kevlar.launcher.join.Ask", partial(Ask, version=2))
+
+    async def script(w: World) -> None:
+        with pytest.raises(JoinRefused, match="this frontend speaks version 1 of the cluster's protocol, the group 2"):
+            await asyncio.to_thread(ask, w.addresses, None)
 
     play(script)
