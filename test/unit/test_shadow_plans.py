@@ -24,7 +24,7 @@ class Channel:
     place: Place
     ours: bool = True
 
-    def may_change(self) -> bool:
+    def tells_plans(self) -> bool:
         return self.ours
 
 

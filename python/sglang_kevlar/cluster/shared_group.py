@@ -65,7 +65,8 @@ class SharedGroup:
         self._stated: dict[int, tuple[GroupState, float]] = {}
         identity = Identity(name=plan.join.name, host=plan.join.host, instance=instance)
         now = time.monotonic()
-        ends = [GroupEnd(identity, plan.configuration, self.group.state(), now) for _ in plan.join.frontends]
+        state, frontends = self.group.state(), range(len(plan.join.frontends))
+        ends = [GroupEnd(identity, plan.configuration, state, now, number) for number in frontends]
         self._ways = [
             Dialler(address, key, end, partial(self._on_session, number))
             for number, (address, end) in enumerate(zip(plan.join.frontends, ends, strict=True))

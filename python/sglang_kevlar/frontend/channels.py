@@ -63,8 +63,8 @@ class Channel:
         """Raises ChannelFull when the group does not read, CannotSend. After `close` nothing is sent."""
         raise NotImplementedError
 
-    def may_change(self) -> bool:
-        """Whether the group takes changes, and plans of shadows, from this frontend."""
+    def tells_plans(self) -> bool:
+        """Whether this frontend is the one that tells the group who keeps its shadow."""
         return True
 
     def refusal(self, message: Any) -> str | None:

@@ -22,6 +22,8 @@ from sglang.srt.managers.io_struct import (
     BatchTokenIDOutput,
 )
 
+from sglang_kevlar.cluster import wire
+from sglang_kevlar.cluster.batches import cut
 from sglang_kevlar.control.admission import HoldQueue, must_wait
 from sglang_kevlar.control.journal import Entry, Journal
 from sglang_kevlar.control.membership import Event, GroupChanged, GroupLost, GroupReady, GroupSuspect, GroupTrusted
@@ -30,6 +32,7 @@ from sglang_kevlar.frontend.channels import CannotSend, Channel, ChannelFull
 from sglang_kevlar.frontend.finish_reasons import is_internal_error, is_refused_resume
 from sglang_kevlar.frontend.host import BatchOutput, Groups, Host
 from sglang_kevlar.frontend.in_flight import InFlight, TextMismatch, TokenizedRequest, not_continuable
+from sglang_kevlar.frontend.kept.progress import Recorded
 from sglang_kevlar.frontend.outcome import Failure, RequestOutcome
 from sglang_kevlar.frontend.shadows import ShadowPlans
 from sglang_kevlar.observability.events import FailoverEvents
@@ -106,6 +109,9 @@ class Failover:
         self.requests[entry.rid] = request
         if outcome is not None:
             outcome.rids[entry.rid] = None
+            if outcome.kept is not None and outcome.kept.recorded is not None:
+                self._spawn(self._go_through(request, outcome.kept.recorded))
+                return
         if pinned_group in self.router.groups:
             self._dispatch(request, pinned_group)
         elif self.router.groups and not must_wait(self._has_room(entry), self._degraded(), len(self.hold)):
@@ -441,6 +447,7 @@ class Failover:
         ended: list[Entry] = []
         mismatched: list[InFlight] = []
         refused: list[tuple[InFlight, Any]] = []
+        recorded: dict[int, InFlight] = {}
         for i, wire_rid in enumerate(batch.rids):
             entry = self.journal.accept(wire_rid, channel.group, channel.epoch)
             if entry is None:
@@ -458,12 +465,16 @@ class Failover:
                 batch.rids[i] = FENCED_RID
                 continue
             batch.rids[i] = entry.rid
+            if request.outcome is not None and request.outcome.kept is not None and request.outcome.kept.is_recorded:
+                recorded[i] = request
             reason = batch.finished_reasons[i]
             if reason is not None:
                 request.ended = True
                 ended.append(entry)
                 if is_internal_error(reason):
                     self._groups.on_internal_error(channel.group, channel.epoch)
+        if recorded:
+            self._record(batch, recorded)
         await self._host.deliver(batch)
         for entry in ended:
             self._close(entry)
@@ -501,6 +512,48 @@ class Failover:
         if entry.redirects and len(tokens):
             restored = entry.context_tokens - len(tokens) - request.recomputed_now
             self.events.resumed(entry.rid, request.recomputed_now, restored)
+
+    # ---- requests that outlive a frontend ------------------------------------------------------------------------
+
+    def _record(self, batch: BatchOutput, requests: dict[int, InFlight]) -> None:
+        """Note what of ``batch`` the outputs of these requests (by row) will be made of."""
+        owners = [row if row in requests else None for row in range(len(batch.rids))]
+        for row, message in cut(batch, owners).items():
+            outcome = requests[row].outcome
+            assert outcome is not None and outcome.kept is not None
+            outcome.kept.messages.append(wire.encode(message))
+
+    async def _go_through(self, request: InFlight, recorded: Recorded) -> None:
+        """What the frontend before us recorded of it, output by output as its endpoint takes them; then go on."""
+        rid, entry = request.entry.rid, request.entry
+        for messages in recorded.outputs:
+            await recorded.wanted()
+            async with self._turn:
+                for message in messages:
+                    if self.requests.get(rid) is not request:
+                        return
+                    batch = wire.decode_answer(message)
+                    batch.rids[0] = rid
+                    self.journal.take_over(entry, batch.output_ids[0], batch.cached_tokens[0])
+                    self._record(batch, {0: request})
+                    assert request.outcome is not None
+                    request.outcome.first_token = True
+                    await self._host.deliver(batch)
+                    if batch.finished_reasons[0] is not None:
+                        self._close(entry)
+                        return
+        await recorded.wanted()
+        async with self._turn:
+            if self.requests.get(rid) is not request:
+                return
+            if recorded.failure is not None:
+                self._refuse(request, Failure(*recorded.failure))  # type: ignore[arg-type]
+            elif recorded.ended or request.abort_requested:
+                self._end_aborted(request, AbortReq(rid=rid))
+            else:
+                self.journal.go_on(entry)
+                self.hold.hold(rid, time.monotonic(), redirected=True)
+                self._pump()
 
     # ---- requests out --------------------------------------------------------------------------------------------
 

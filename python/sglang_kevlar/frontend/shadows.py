@@ -32,7 +32,7 @@ class ShadowPlans:
         wanted: dict[tuple[int, int], ShadowPlanReq] = {}
         news = []
         for group, channel in up.items():
-            if not channel.may_change():
+            if not channel.tells_plans():
                 continue  # another frontend tells it
             target = up.get(self.targets.get(group, -1))
             plan = ShadowPlanReq(content=content, target=target and self._target(channel, target))
