@@ -108,12 +108,13 @@ class SharedGroup:
             self._epoch, self._changed_by = state.epoch, None
         if state.phase != "ready":
             self._owners.clear()
-        for number in self._joined:
+        # Also those that are not joined: a join begins with it.
+        for number in range(len(self._ways)):
             self._state(number, state, now)
 
     def _state(self, number: int, state: GroupState, now: float) -> None:
-        state = msgspec.structs.replace(state, primary=number == min(self._joined))
-        if self._changed_by not in (None, self._joined[number]) and state.phase == "ready":
+        state = msgspec.structs.replace(state, primary=number == min({*self._joined, number}))
+        if self._changed_by not in (None, self._joined.get(number)) and state.phase == "ready":
             why = "its weights or adapters were changed at run time, by a server that is not this one"
             state = msgspec.structs.replace(state, phase="down", kind="unfit", cause=why, init_info=None)
         said, at = self._stated.get(number, (None, 0.0))
@@ -133,7 +134,6 @@ class SharedGroup:
             logger.info("joined the frontend at %s", self._ways[number].address)
             self._joined[number] = event.frontend
             self._was_joined = True
-            self._stated.pop(number, None)
             self._on_change()
         elif isinstance(event, Ended):
             logger.warning("the session with %s ended: %s: %s", self._ways[number].address, event.kind, event.reason)

@@ -26,7 +26,7 @@ from sglang_kevlar.cluster import wire
 from sglang_kevlar.cluster.batches import cut
 from sglang_kevlar.control.admission import HoldQueue, must_wait
 from sglang_kevlar.control.journal import Entry, Journal
-from sglang_kevlar.control.membership import Event, GroupLost, GroupReady, GroupSuspect, GroupTrusted
+from sglang_kevlar.control.membership import Event, GroupChanged, GroupLost, GroupReady, GroupSuspect, GroupTrusted
 from sglang_kevlar.control.routing import Router
 from sglang_kevlar.frontend.channels import CannotSend, Channel, ChannelFull
 from sglang_kevlar.frontend.finish_reasons import is_internal_error, is_refused_resume
@@ -195,6 +195,8 @@ class Failover:
         elif isinstance(event, GroupTrusted) and current is not None:
             logger.info("worker group %d (epoch %d) is trusted again", group, epoch)
             current.suspect = False
+            self.route()
+        elif isinstance(event, GroupChanged) and current is not None:
             self.route()
         # GroupKill is the monitor's to act on.
 

@@ -97,13 +97,11 @@ class GroupSessions:
         standby, endpoints = current.role == "standby", tuple(ready.shadow_endpoints)
         place = Place(current.name, host=current.host, local=False, standby=standby, endpoints=endpoints)
         load = partial(_load, current, epoch)
-        channel = SessionChannel(group, epoch, capacity, place, send, load, self._may_change(current))
+        # What one of several frontends changed the others would not know.
+        may_change = self._plan.kevlar.peers is None
+        channel = SessionChannel(group, epoch, capacity, place, send, load, current.is_primary, may_change)
         self._channels[group] = channel
         return channel
-
-    def _may_change(self, g: JoinedGroup) -> Callable[[], bool]:
-        # What one of several frontends changed the others would not know.
-        return g.may_change if self._plan.kevlar.peers is None else lambda: False
 
     def kill(self, group: int, epoch: int, cause: str, planned: bool) -> None:
         kind: Any = "operator" if planned else "unfit"
