@@ -168,6 +168,9 @@ class Recording:
         self.outputs += messages
         await asyncio.sleep(0)
 
+    def read(self) -> None:
+        pass
+
     def end(self, failure: Any) -> None:
         assert failure is None
         self.ends += 1

@@ -1,4 +1,4 @@
-"""Where a kept request is answered that does not run here: what `KeptMiddleware` and the endpoints ask the peers for."""
+"""Where a kept request is answered that does not run here: what `KeptMiddleware` and the endpoints ask peers for."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Elsewhere(Protocol):
         receive: Receive,
         send: Send,
     ) -> Run | Failure | bool:
-        """For a request that has no run here which could go on behind ``last_id``, by its identity or its id. ``begun``:
-        somebody must have it.
+        """For a request that has no run here which could go on behind ``last_id``, by its identity or its id.
+        ``begun``: somebody must have it.
 
         A run that is here now; why it cannot be answered; True when a peer has answered it, or the client has left;
         False when nobody has it.

@@ -30,6 +30,10 @@ class BrokenOff(Exception):
     """The response cannot be completed: the server closes the connection, and the client sees that it was cut."""
 
 
+class Moved(Exception):
+    """Another frontend has the request: this client, which was sent nothing, is to be answered from there."""
+
+
 class Run:
     """``changed`` wakes whoever waits for the next event."""
 
@@ -69,6 +73,7 @@ class Run:
                 query=scope.get("query_string", b""),
                 headers=list(scope["headers"]),
                 body=body,
+                root_path=scope.get("root_path", ""),
             )
             identity = (self.kept.principal, self.kept.key)
             self.record = recorder.begin(self.kept.rid, identity, self.lineage, request)
@@ -223,6 +228,11 @@ class Run:
         self._requests.detach(self.kept, asyncio.get_running_loop().time())
         self.moved()
 
+    def given(self) -> None:
+        """A client is about to get something of it."""
+        if self.record is not None:
+            self.record.read()
+
     def moved(self) -> None:
         """A client has read, or left."""
         self.kept.touched = asyncio.get_running_loop().time()
@@ -256,9 +266,12 @@ class Reader(Response):
             if run.start is None:
                 if run.failure is not None:
                     raise run.failure
+                if run.kept.gone is not None:
+                    raise Moved
                 await run.changed()
                 continue
             if not started:
+                run.given()
                 await send(run.start)
                 started = True
             try:
