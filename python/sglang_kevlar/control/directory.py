@@ -19,7 +19,7 @@ from sglang_kevlar.protocol.records import Complete, Name, Opened, Record, name_
 Identity: TypeAlias = tuple[str, str]
 
 
-@dataclass
+@dataclass(eq=False)
 class Run:
     """A kept request of this frontend."""
 
