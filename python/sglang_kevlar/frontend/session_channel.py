@@ -39,10 +39,13 @@ class SessionChannel(Channel):
         super().__init__(group, epoch, capacity, place)
         self._send = send
         self.load = load
-        self.tells_plans = is_primary
+        self._is_primary = is_primary
         self._may_change = may_change
         self._waiting: deque[Any] = deque()
         self._arrived = asyncio.Event()
+
+    def tells_plans(self) -> bool:
+        return self._is_primary()
 
     async def connected(self) -> bool:
         # It is ready, so its gateway has connected to it, and the session is what we are told that by.
