@@ -121,7 +121,7 @@ class Run:
             return
         self.failure = error
         if self.start is None:
-            self._requests.forget(self.kept, "its endpoint failed")
+            self._forget("its endpoint failed")
         else:
             self._requests.drop(self.kept, f"its endpoint broke off: {type(error).__name__}")
         self.wake()
@@ -166,7 +166,13 @@ class Run:
         self._requests.end(self.kept, asyncio.get_running_loop().time())
         if self.start is not None and self.start["status"] >= 400:
             # Nothing was generated that could be lost, and who sends the same again shall not get the same refusal.
-            self._requests.forget(self.kept, "it was refused")
+            self._forget("it was refused")
+
+    def _forget(self, why: str) -> None:
+        self._requests.forget(self.kept, why)
+        if self.record is not None:
+            # At once: its key may be used again.
+            self.record.drop(why)
 
     async def _append(self, events: list[bytes], tokens: int) -> None:
         kept = self.kept
