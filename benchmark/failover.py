@@ -52,6 +52,11 @@ REPLAYS = 3
 
 
 class Bench:
+    #: seconds from the fault until the streams are ended
+    observed = OBSERVED
+    #: and in which a gap that is a stall begins
+    window = WINDOW
+
     def __init__(self, server: Server, session: aiohttp.ClientSession, tokens: int, seed: int) -> None:
         """``tokens``: size of the model's vocabulary."""
         self._server = server
@@ -80,8 +85,8 @@ class Bench:
             await load.wait_for_tokens(10)
             await asyncio.sleep(WINDOW + self._chance.uniform(0.2, 0.7))
             self._hit(result)
-            await asyncio.sleep(OBSERVED)
-        result["streams"] = [_stall(stream, result["killed"]) for stream in load.streams]
+            await asyncio.sleep(self.observed)
+        result["streams"] = [_stall(stream, result["killed"], self.window) for stream in load.streams]
         await self._end(result)
         return result
 
@@ -114,21 +119,27 @@ class Bench:
         status = await self._status()
         group = status["groups"][self._kills % GROUPS]
         self._kills += 1
-        kind, sig = FAULTS[fault]
-        pid = group["pids"][kind]
         gc.collect()
         return {
             "fault": fault,
             "group": group["id"],
             "epoch": group["epoch"],
-            "pid": pid[0] if isinstance(pid, list) else pid,
-            "signal": int(sig),
             "failovers": len(status["failovers"]),
+            **self._aim(fault, group),
         }
+
+    def _aim(self, fault: str, group: dict[str, Any]) -> dict[str, Any]:
+        """What ``_strike`` needs to know of the group."""
+        kind, sig = FAULTS[fault]
+        pid = group["pids"][kind]
+        return {"pid": pid[0] if isinstance(pid, list) else pid, "signal": int(sig)}
+
+    def _strike(self, result: dict[str, Any]) -> None:
+        os.kill(result["pid"], result["signal"])
 
     def _hit(self, result: dict[str, Any]) -> None:
         result["killed_wall"], result["killed"] = time.time(), time.monotonic()
-        os.kill(result["pid"], result["signal"])
+        self._strike(result)
 
     async def _end(self, result: dict[str, Any]) -> None:
         """Wait for the group to be back, and add what the server says of its failover."""
@@ -160,11 +171,11 @@ class Bench:
             await asyncio.to_thread(self._server.post, f"/kevlar/groups/{group}/drain")
         for result in rounds:
             # The order in which a failover gives them to a group.
-            redirected = sorted(_redirected(result), key=lambda s: s["recomputed"], reverse=True)
+            redirected = sorted(moved_streams(result), key=lambda s: s["recomputed"], reverse=True)
             if not redirected:
                 continue
             async with self._load() as background:
-                for other in _undisturbed(result):
+                for other in other_streams(result):
                     background.start(request_body(self._prompt(other["context"]), ENDLESS))
                 await background.wait_for_tokens(5)
                 replays = []
@@ -176,12 +187,13 @@ class Bench:
                 stream["recompute"] = statistics.median(replay[index] for replay in replays)
 
 
-def _stall(stream: Stream, killed: float) -> dict[str, Any]:
+def _stall(stream: Stream, killed: float, window: float) -> dict[str, Any]:
     gaps = list(zip(stream.times, stream.times[1:], strict=False))
     undisturbed = [end - begin for begin, end in gaps if end <= killed]
     before = [end - begin for begin, end in gaps if killed - WINDOW < end <= killed]
     # Also one that was open when the fault came.
-    around = [end - begin for begin, end in gaps if end > killed and begin < killed + WINDOW]
+    around = [(end - begin, end) for begin, end in gaps if end > killed and begin < killed + window]
+    longest, goes_on = max(around, default=(None, None))
     kevlar = stream.meta_info.get("kevlar", {})
     return {
         "redirected": kevlar.get("redirects", 0),
@@ -189,20 +201,21 @@ def _stall(stream: Stream, killed: float) -> dict[str, Any]:
         "context": stream.meta_info.get("prompt_tokens", 0) + sum(at <= killed for at in stream.times),
         "usual": statistics.median(undisturbed),
         "longest_before": max(before, default=WINDOW),
-        "longest": max(around, default=None),
+        "longest": longest,
+        "goes_on": None if goes_on is None else goes_on - killed,
         "error": stream.error,
     }
 
 
-def _redirected(result: dict[str, Any]) -> list[dict[str, Any]]:
+def moved_streams(result: dict[str, Any]) -> list[dict[str, Any]]:
     return [s for s in result["streams"] if s["redirected"] and s["longest"] is not None]
 
 
-def _undisturbed(result: dict[str, Any]) -> list[dict[str, Any]]:
+def other_streams(result: dict[str, Any]) -> list[dict[str, Any]]:
     return [s for s in result["streams"] if not s["redirected"] and s["longest"] is not None]
 
 
-def _lost(rounds: list[dict[str, Any]]) -> int:
+def failed(rounds: list[dict[str, Any]]) -> int:
     """Streams and probes that failed or stood still."""
     streams = [s["longest"] is None or bool(s["error"]) for r in rounds for s in r.get("streams", ())]
     probes = [p["ttft"] is None for r in rounds for p in r.get("probes", ())]
@@ -213,8 +226,8 @@ def _lost(rounds: list[dict[str, Any]]) -> int:
 
 
 def _stalls(rounds: list[dict[str, Any]]) -> list[object]:
-    moved = [s for r in rounds for s in _redirected(r)]
-    stayed = [s for r in rounds for s in _undisturbed(r)]
+    moved = [s for r in rounds for s in moved_streams(r)]
+    stayed = [s for r in rounds for s in other_streams(r)]
     columns = (
         [s["usual"] for s in moved],
         [s["longest_before"] - s["usual"] for s in moved],
@@ -272,20 +285,20 @@ async def measure(server: Server, args: argparse.Namespace, rounds: list[dict[st
         for fault in args.faults:
             for i in range(args.kills):
                 rounds.append(await bench.stall_round(fault, args.streams))
-                _say(f"{fault}: kill {i + 1} of {args.kills}", rounds[-1])
+                say(f"{fault}: kill {i + 1} of {args.kills}", rounds[-1])
         for i in range(args.probe_kills):
             fault = args.faults[i % len(args.faults)]
             if FAULTS[fault][1] == signal.SIGSTOP:
                 fault = args.faults[0]
             rounds.append(await bench.probe_round(fault))
-            _say(f"probes: kill {i + 1} of {args.probe_kills}", rounds[-1])
+            say(f"probes: kill {i + 1} of {args.probe_kills}", rounds[-1])
         print("measuring the recomputation alone", file=sys.stderr)
         await asyncio.to_thread(server.wait_ready)
         await bench.measure_recomputation([r for r in rounds if "streams" in r])
 
 
-def _say(what: str, result: dict[str, Any]) -> None:
-    longest = [s["longest"] - s["usual"] for s in _redirected(result)] if "streams" in result else []
+def say(what: str, result: dict[str, Any]) -> None:
+    longest = [s["longest"] - s["usual"] for s in moved_streams(result)] if "streams" in result else []
     stall = f"longest stall {max(longest) * 1e3:.0f} ms, " if longest else ""
     print(
         f"{what}: detected in {result['detected'] * 1e3:.0f} ms, {stall}back in {result['serves_again']:.1f} s",
@@ -329,7 +342,7 @@ def main() -> None:
             path = report.save("failover", {"machine": machine, "options": options, "rounds": rounds})
             print(f"everything: {path}", file=sys.stderr)
     print(f"{report.describe(machine)}\n\n{tables(rounds)}")
-    if lost := _lost(rounds):
+    if lost := failed(rounds):
         sys.exit(f"{lost} requests failed or stood still")
 
 

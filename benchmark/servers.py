@@ -10,8 +10,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 from urllib.request import Request, urlopen
+
+if TYPE_CHECKING:
+    from net.hosts import Host
 
 ROOT = Path(__file__).resolve().parents[1]
 START_TIMEOUT = 300.0
@@ -23,26 +26,19 @@ _ROLES = {
 }
 
 
-class Server:
-    """One ``python -m sglang_kevlar.launch_server``, ours or (``stock``) upstream's. A context manager."""
+class Launch:
+    """A launcher and what it starts, on this host or another (`test/net`). A context manager."""
 
-    def __init__(self, model: Path, port: int, log: Path, *flags: str, groups: int = 2, stock: bool = False) -> None:
-        self.url = f"http://127.0.0.1:{port}"
-        self.stock = stock
-        self.groups = groups
+    def __init__(self, command: list[str], log: Path, host: Host | None = None) -> None:
         self._log = log
-        command = [sys.executable, "-m", "sglang_kevlar.launch_server", "--model-path", str(model)]
-        # On a CPU float16 is what `auto` makes of a float32 model, and slower.
-        command += ["--port", str(port), "--dtype", "float32", "--random-seed", "7", *flags]
-        command += ["--stock"] if stock else ["--worker-groups", str(groups)]
         self._output = log.open("wb")
         # Engines with tiny models: more threads than one each only get in each other's way.
         environment = {"OMP_NUM_THREADS": "1", **os.environ}
-        self.process = subprocess.Popen(
+        self.process = (subprocess.Popen if host is None else host.popen)(
             command, stdout=self._output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
 
-    def __enter__(self) -> Server:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -63,6 +59,49 @@ class Server:
         self.process.wait()
         self._output.close()
 
+    def _log_end(self) -> str:
+        return "\n".join(self._log.read_text(errors="replace").splitlines()[-40:])
+
+    def _family(self) -> dict[int, int]:
+        """The process and all its descendants: pid -> start ticks."""
+        parents = {int(name): _parent(int(name)) for name in os.listdir("/proc") if name.isdigit()}
+        family = {self.process.pid: _start_ticks(self.process.pid)}
+        while children := [pid for pid, parent in parents.items() if parent in family and pid not in family]:
+            family.update({pid: _start_ticks(pid) for pid in children})
+        return family
+
+
+class WorkerGroup(Launch):
+    """One ``python -m sglang_kevlar.launch_worker_group``."""
+
+    def __init__(self, log: Path, *flags: str, host: Host | None = None) -> None:
+        super().__init__([sys.executable, "-m", "sglang_kevlar.launch_worker_group", *flags], log, host)
+
+
+class Server(Launch):
+    """One ``python -m sglang_kevlar.launch_server``, ours or (``stock``) upstream's."""
+
+    def __init__(
+        self,
+        model: Path,
+        port: int,
+        log: Path,
+        *flags: str,
+        groups: int = 2,
+        stock: bool = False,
+        joined: int = 0,
+        host: Host | None = None,
+    ) -> None:
+        """``groups``: of its own; ``joined``: that it is to have beside them before it is ready."""
+        self.url = f"http://127.0.0.1:{port}"
+        self.stock = stock
+        self._groups = groups + joined
+        command = [sys.executable, "-m", "sglang_kevlar.launch_server", "--model-path", str(model)]
+        # On a CPU float16 is what `auto` makes of a float32 model, and slower.
+        command += ["--port", str(port), "--dtype", "float32", "--random-seed", "7", *flags]
+        command += ["--stock"] if stock else ["--worker-groups", str(groups)]
+        super().__init__(command, log, host)
+
     # ---- state
 
     def get(self, path: str, timeout: float = 10.0) -> bytes:
@@ -82,7 +121,7 @@ class Server:
         """All groups serve."""
         try:
             self.get("/health")
-            return self.stock or all(group["state"] == "ready" for group in self.status()["groups"])
+            return self.stock or [group["state"] for group in self.status()["groups"]] == ["ready"] * self._groups
         except OSError:
             return False
 
@@ -93,9 +132,6 @@ class Server:
             if self.process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"the server is not ready; the end of {self._log}:\n{self._log_end()}")
             time.sleep(0.2)
-
-    def _log_end(self) -> str:
-        return "\n".join(self._log.read_text(errors="replace").splitlines()[-40:])
 
     # ---- processes
 

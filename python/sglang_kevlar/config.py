@@ -221,8 +221,8 @@ _FLAGS: dict[str, _Flag] = {
         _not_empty,
     ),
     "peers": _Flag(
-        "All frontends of the same worker groups, this one too, by name, with the address at which each of them listens: "
-        "the same text at each. They go on with each other's requests that have an Idempotency-Key.",
+        "All frontends of the same worker groups, this one too, by name, with the address at which each listens; the "
+        "same text at each. They go on with each other's requests that have an Idempotency-Key.",
         _usable_peers,
         "NAME=HOST:PORT,...",
     ),

@@ -1,4 +1,4 @@
-"""A worker group on "another host": a launch of its own, that joins over loopback."""
+"""A worker group on another host: a launch of its own, that joins over loopback, or from a namespace (`net.hosts`)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from server import Server, free_port
+
+from net.hosts import Host
 
 
 def cluster_key(directory: Path) -> Path:
@@ -23,27 +25,29 @@ def cluster_key(directory: Path) -> Path:
 
 
 class Cluster:
-    """Flags of a server that others join, and of those."""
+    """Flags of a server that others join, and of those. The server is to be on ``host``."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, host: Host | None = None) -> None:
         self.directory = directory
-        self.address = f"127.0.0.1:{free_port()}"
+        self.address = f"{'127.0.0.1' if host is None else host.address}:{free_port()}"
         self._key = ("--cluster-key-file", str(cluster_key(directory)))
         self.listen = ("--listen", self.address, *self._key)
 
-    def join(self, name: str, *flags: str, frontends: str | None = None) -> Joined:
+    def join(self, name: str, *flags: str, frontends: str | None = None, host: Host | None = None) -> Joined:
         command = ["--join", frontends or self.address, "--name", name, *self._key, *flags]
-        return Joined(name, command, self.directory / f"{name}.log")
+        if host is not None:
+            command += ["--host-label", host.name, "--advertise", host.address]
+        return Joined(name, command, self.directory / f"{name}.log", host)
 
 
 class Joined:
     """One `python -m sglang_kevlar.launch_worker_group`."""
 
-    def __init__(self, name: str, flags: list[str], log: Path) -> None:
+    def __init__(self, name: str, flags: list[str], log: Path, host: Host | None = None) -> None:
         self.name = name
         self.log = log
         self._output = log.open("ab")
-        self.process = subprocess.Popen(
+        self.process = (subprocess.Popen if host is None else host.popen)(
             [sys.executable, "-m", "sglang_kevlar.launch_worker_group", *flags],
             stdout=self._output,
             stderr=subprocess.STDOUT,

@@ -18,6 +18,8 @@ from typing import Any
 
 import httpx
 
+from net.hosts import Host
+
 START_TIMEOUT = 300.0
 
 
@@ -31,10 +33,20 @@ def free_port() -> int:
 
 
 class Server:
-    """One `python -m sglang_kevlar.launch_server`."""
+    """One `python -m sglang_kevlar.launch_server`; its address is of ``host``, if there is one."""
 
-    def __init__(self, model: Path, log: Path, *flags: str, groups: int = 2, env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        model: Path,
+        log: Path,
+        *flags: str,
+        groups: int = 2,
+        env: dict[str, str] | None = None,
+        host: Host | None = None,
+    ) -> None:
         self.port = free_port()
+        #: in which it can be asked
+        self.network = contextlib.nullcontext if host is None else host.network
         self.url = f"http://127.0.0.1:{self.port}"
         self.groups = groups
         self.log = log
@@ -42,7 +54,7 @@ class Server:
         command += ["--port", str(self.port), "--worker-groups", str(groups), "--random-seed", "7"]
         command += ["--dtype", "float32", *flags]
         self._output = log.open("wb")
-        self.process = subprocess.Popen(
+        self.process = (subprocess.Popen if host is None else host.popen)(
             command,
             stdout=self._output,
             stderr=subprocess.STDOUT,
@@ -52,8 +64,12 @@ class Server:
 
     # ---- state
 
+    def get(self, path: str, timeout: float = 10) -> httpx.Response:
+        with self.network():
+            return httpx.get(self.url + path, timeout=timeout)
+
     def status(self) -> dict[str, Any]:
-        return httpx.get(f"{self.url}/kevlar/status", timeout=10).json()
+        return self.get("/kevlar/status").json()
 
     def group(self, group: int) -> dict[str, Any]:
         return self.status()["groups"][group]
@@ -75,7 +91,7 @@ class Server:
         """All groups (or ``groups`` of them) serve and the warm-up is over."""
         wanted = self.groups if groups is None else groups
         self.wait(lambda s: sum(g["state"] == "ready" for g in s["groups"]) >= wanted, f"{wanted} ready groups")
-        self.wait(lambda _: httpx.get(f"{self.url}/health", timeout=30).status_code == 200, "health")
+        self.wait(lambda _: self.get("/health", timeout=30).status_code == 200, "health")
 
     def log_end(self, lines: int = 60) -> str:
         written = self.log.read_text(errors="replace").splitlines()

@@ -16,7 +16,7 @@ from typing import Any
 
 import httpx
 import pytest
-from cases import Answer, Case, catalogue
+from cases import LONG_PROMPT, Answer, Case, catalogue, native
 from joined import Cluster, Joined
 from server import Server
 
@@ -44,7 +44,7 @@ class World:
     def up(self) -> Joined:
         """Both groups are ready."""
         if self.other is None or self.other.process.poll() is not None:
-            self.other = self.cluster.join("other")
+            self.other = self.cluster.join("other", "--host-label", "elsewhere")
         self.other.wait_ready(self.server)
         self.server.wait_ready(2)
         return self.other
@@ -151,6 +151,36 @@ def test_requests_of_a_joined_group_go_on_exactly(world, undisturbed, process, s
 def test_requests_of_a_local_group_go_on_exactly_in_the_joined_one(world, undisturbed) -> None:
     world.up()
     run_all(world, undisturbed, lambda: 0, lambda: world.server.kill(0), seed=1)
+
+
+@pytest.mark.timeout(300)
+def test_each_keeps_the_shadow_of_the_other(world) -> None:
+    """Over TCP, with the cluster's key: a request that is moved computes little again."""
+    other = world.up()
+    known = other.group(world.server)
+
+    def linked(status: dict[str, Any]) -> bool:
+        to = {group["name"]: group["shadow"] and group["shadow"]["to"] for group in status["groups"]}
+        return to == {"0": "other", "other": 0}
+
+    world.server.wait(linked, "shadows both ways", 60)
+    cases = [
+        native(f"long {seed}", prompt=f"{LONG_PROMPT} # {seed}", sampling={"max_new_tokens": 400}) for seed in range(4)
+    ]
+    references = [case.run(world.server.url) for case in cases]
+    assert httpx.post(f"{world.server.url}/flush_cache", timeout=30).status_code == 200
+    with ThreadPoolExecutor(len(cases)) as pool:
+        running = [pool.submit(case.run, world.server.url) for case in cases]
+        world.server.wait(
+            lambda s: any(g["id"] == known["id"] and g["running"] for g in s["groups"]), "requests there", 30
+        )
+        time.sleep(1.5)
+        os.kill(other.pid(world.server, "rank"), signal.SIGKILL)
+        answers = [future.result() for future in running]
+    for reference, answer in zip(references, answers, strict=True):
+        assert reference.difference(answer) is None
+    moved = [answer.recomputed for answer in answers if answer.redirects]
+    assert moved and max(moved) <= 64, moved
 
 
 @pytest.mark.timeout(300)

@@ -104,10 +104,10 @@ class Node:
         outputs = outcome.kept.watch(self._outputs(body["prompt"], outcome))
         if body.get("stream", True):
             return StreamingResponse(self._events(outputs, outcome), media_type="text/event-stream")
-        last = None
-        async for last in outputs:
-            outcome.first_token = True
-        return JSONResponse({"text": last and last["text"]})
+        text = ""
+        async for output in outputs:
+            outcome.first_token, text = True, output["text"]
+        return JSONResponse({"text": text})
 
     async def _events(self, outputs: Any, outcome: Any) -> AsyncIterator[str]:
         async for output in outputs:

@@ -168,12 +168,12 @@ class Recording:
         self.outputs += messages
         await asyncio.sleep(0)
 
-    def read(self) -> None:
-        pass
-
     def end(self, failure: Any) -> None:
         assert failure is None
         self.ends += 1
+
+    def read(self) -> None:
+        pass
 
     def drop(self, why: str) -> None:
         pass

@@ -15,6 +15,8 @@ from sglang_kevlar.frontend.peers import records as records_module
 from sglang_kevlar.frontend.peers.forward import FORWARDED
 
 WORDS = ["one", "two", "three", "four"]
+#: of the events that are made of them
+POSITIONS = ["1.0", "2.0", "3.0", "4.0", "4.1"]
 
 
 def say(cluster: Cluster, name: str, *words: str | None, prompt: str = "p") -> None:
@@ -192,9 +194,8 @@ def test_a_client_comes_back_to_another_frontend(dies: str):
         assert [json.loads(event.split(b"data: ")[1]) for event in got[:-1]] == [
             " ".join(WORDS[: n + 1]) for n in range(4)
         ]
-        assert ids(got) == [
-            f"{rid}:1.0~{dies}1", f"{rid}:2.0~{dies}1", f"{rid}:3.0~{other}1", f"{rid}:4.0~{other}1", f"{rid}:4.1~{other}1"
-        ]  # fmt: skip
+        tags = [f"{rid}:{position}~{name}1" for name, position in zip([dies] * 2 + [other] * 3, POSITIONS, strict=True)]
+        assert ids(got) == tags
 
     play(script)
 

@@ -56,6 +56,7 @@ class SharedGroup:
         self._owners = Owners()
         #: names of the frontends with a session
         self._joined: dict[int, str] = {}
+        self._was_joined = False
         #: who made the changes that are in effect, and who asked last for something that only one may ask for
         self._changed_by: str | None = None
         self._controller: int | None = None
@@ -84,8 +85,10 @@ class SharedGroup:
         self.group.close()
 
     @property
-    def refused_by_all(self) -> bool:
-        return not self._joined and len(self.refused) > 0
+    def is_refused(self) -> bool:
+        """No try will go better. Of a group that was joined, which one of its frontends may come back to, all must
+        have said so."""
+        return len(self.refused) == len(self._ways) or (len(self.refused) > 0 and not self._was_joined)
 
     # ---- state ---------------------------------------------------------------------------------------------------
 
@@ -129,6 +132,7 @@ class SharedGroup:
         elif isinstance(event, Admitted):
             logger.info("joined the frontend at %s", self._ways[number].address)
             self._joined[number] = event.frontend
+            self._was_joined = True
             self._stated.pop(number, None)
             self._on_change()
         elif isinstance(event, Ended):

@@ -270,7 +270,8 @@ class Sessions:
         if namesake is not None:
             if namesake.identity.instance != identity.instance:
                 host = namesake.identity.host
-                reason = f"a {identity.kind} named {identity.name} is joined already, from host {host}; give this one another --name"
+                taken = f"a {identity.kind} named {identity.name} is joined already, from host {host}"
+                reason = f"{taken}; give this one another name"
                 return _refused(sender, join.session, reason, RETRY)
             effects += self._settle(namesake, namesake.end("replaced", "its group has joined again", now))
         if join.session in self._by_session:

@@ -57,7 +57,8 @@ class SessionChannel(Channel):
     def refusal(self, message: Any) -> str | None:
         kind = type(message)
         if not wire.reads(message) and not self._may_change():
-            return f"worker group {self.group} takes {kind.__name__} only from the first frontend of its --join, and not from one with --peers"
+            only = "only from the first frontend of its --join, and not from one with --peers"
+            return f"worker group {self.group} takes {kind.__name__} {only}"
         try:
             wire.encode(message)
         except wire.NotForNetwork as reason:

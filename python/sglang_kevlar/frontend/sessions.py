@@ -74,6 +74,7 @@ class GroupSessions:
             self._timer.cancel()
         if self._listener is not None:
             self._listener.close("the frontend ends", RETRY)
+            self._listener = None
 
     # ---- what the frontend wants ---------------------------------------------------------------------------------
 

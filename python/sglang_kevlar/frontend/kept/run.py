@@ -30,8 +30,8 @@ class BrokenOff(Exception):
     """The response cannot be completed: the server closes the connection, and the client sees that it was cut."""
 
 
-class Moved(Exception):
-    """Another frontend has the request: this client, which was sent nothing, is to be answered from there."""
+class MovedAway(Exception):
+    """Another frontend has the run, and nothing of it was read here: it answers."""
 
 
 class Run:
@@ -44,6 +44,8 @@ class Run:
         self.record: RunRecord | None = None
         #: tokens up to which another frontend made it
         self._base = -1
+        #: given up in favour of the same request at another frontend
+        self.moved_away = False
         self._requests = requests
         #: status and headers, once they are there
         self.start: Message | None = None
@@ -234,11 +236,6 @@ class Run:
         self._requests.detach(self.kept, asyncio.get_running_loop().time())
         self.moved()
 
-    def given(self) -> None:
-        """A client is about to get something of it."""
-        if self.record is not None:
-            self.record.read()
-
     def moved(self) -> None:
         """A client has read, or left."""
         self.kept.touched = asyncio.get_running_loop().time()
@@ -269,17 +266,18 @@ class Reader(Response):
     async def _copy(self, listener: asyncio.Task[None], send: Send) -> None:
         run, log, started = self._run, self._run.kept.log, False
         while not listener.done():
+            if run.moved_away and not started:
+                raise MovedAway
             if run.start is None:
                 if run.failure is not None:
                     raise run.failure
-                if run.kept.gone is not None:
-                    raise Moved
                 await run.changed()
                 continue
             if not started:
-                run.given()
-                await send(run.start)
                 started = True
+                if run.record is not None:
+                    run.record.read()
+                await send(run.start)
             try:
                 piece, behind = log.read(self.index, PIECE)
             except Discarded:
