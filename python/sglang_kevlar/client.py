@@ -82,8 +82,10 @@ class _Exchange:
         self._events = False
         self._last_id = ""
         self._partial = b""
-        self._delivered = 0
-        self._to_skip = 0
+        #: of a response without events: whole lines that the caller has, and what came behind the last one
+        self._lines = 0
+        self._lines_to_skip = 0
+        self._held: list[bytes] = []
         self._attempts = 0
         self._failing_since = 0.0
 
@@ -127,8 +129,8 @@ class _Exchange:
         if status == 200:
             if response.headers.get(RID_HEADER) != self.rid:
                 raise ResumeError(f"the server answered with another request than {self.rid}", status)
-            self._partial = b""
-            self._to_skip = 0 if self._events else self._delivered
+            self._partial, self._held = b"", []
+            self._lines_to_skip = self._lines
             return None
         elsewhere = status == 404 and self._server != self._origin
         delay = self._next(response.headers.get("Retry-After")) if status in UNAVAILABLE or elsewhere else None
@@ -137,23 +139,33 @@ class _Exchange:
         return delay
 
     def feed(self, chunk: bytes) -> bytes:
-        """What of it the caller gets now: whole events, or of a body without events what is new."""
+        """What of it the caller gets now: whole events, or of a body without events whole lines."""
         if not self._events:
-            skipped = min(self._to_skip, len(chunk))
-            self._to_skip -= skipped
-            new = chunk[skipped:]
+            new = self._new_lines(chunk)
         else:
             whole, separator, self._partial = (self._partial + chunk).rpartition(b"\n\n")
             new = whole + separator
             self._last_id = _last_id(new) or self._last_id
         if new:
-            self._delivered += len(new)
             self._attempts = 0
         return new
 
+    def _new_lines(self, chunk: bytes) -> bytes:
+        # Not by bytes: a server that took the request over says the same in other times and latencies.
+        head, newline, tail = chunk.rpartition(b"\n")
+        if not newline:
+            self._held.append(chunk)
+            return b""
+        lines = b"".join((*self._held, head)).split(b"\n")
+        self._held = [tail]
+        skipped = min(self._lines_to_skip, len(lines))
+        self._lines_to_skip -= skipped
+        self._lines += len(lines) - skipped
+        return b"".join(line + newline for line in lines[skipped:])
+
     def rest(self) -> bytes:
-        """At the end of the response: what was not an event."""
-        rest, self._partial = self._partial, b""
+        """At the end of the response: what was not an event, or not a line."""
+        rest, self._partial, self._held = b"".join((self._partial, *self._held)), b"", []
         return rest
 
     def _next(self, retry_after: str | None) -> float | None:

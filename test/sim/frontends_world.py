@@ -16,7 +16,7 @@ from faults import Faults
 from sglang_kevlar.control.directory import Directory, Here, Refused, TakeUp, There, Unsure
 from sglang_kevlar.control.lineage import EventId, Lineage, Point
 from sglang_kevlar.control.replication import Replication
-from sglang_kevlar.protocol.records import Complete, Dropped, Ended, HttpRequest, Opened, Record, Taken, Yielded
+from sglang_kevlar.protocol.records import Alone, Complete, Dropped, Ended, HttpRequest, Opened, Record, Taken, Yielded
 
 STEPS = 1200
 #: steps after the last fault in which every client must come to its end
@@ -44,6 +44,8 @@ class SimRun:
     yields: int = 0
     #: published, and not yet safe: position, and tokens with it; -1 tokens: the end
     pending: deque[tuple[int, int]] = field(default_factory=deque)
+    #: from this position on nothing is recorded of it
+    alone: int | None = None
     ended: bool = False
     #: steps since its end
     over: int = 0
@@ -140,6 +142,9 @@ class SimFrontend:
 
     def make(self, run: SimRun, tokens: list[int]) -> None:
         run.tokens += tokens
+        if run.alone is not None:
+            run.pending.append((run.alone, len(run.tokens)))
+            return
         record = Yielded(
             rid=run.rid,
             principal=run.identity[0],
@@ -179,6 +184,8 @@ class SimFrontend:
             elif len(run.tokens) >= run.wanted:
                 run.pending.append((self.publish(Ended(rid=run.rid, principal=run.identity[0])), -1))
             elif random.random() < 0.5:
+                if run.alone is None and not self.world.gentle and self.world.faults.strike("alone", 0.005):
+                    run.alone = self.publish(Alone(rid=run.rid, principal=run.identity[0], why="it is a batch"))
                 self.make(run, [random.randrange(256) for _ in range(random.randint(1, 3))])
 
     def has_of(self, client: SimClient) -> bool:
@@ -187,7 +194,7 @@ class SimFrontend:
         if run is not None:
             return run.tokens[: len(client.tokens)] == client.tokens
         for _, record in self.directory.records():
-            if (record.opened.principal, record.opened.key) == client.identity:
+            if record.lost is None and (record.opened.principal, record.opened.key) == client.identity:
                 have = [token for each in record.yields for token in each.messages[0]]
                 if have[: len(client.tokens)] == client.tokens:
                     return True

@@ -31,7 +31,7 @@ def test_clients_get_one_answer_each_whoever_dies() -> None:
         if world.gentle:
             # A kill while the others have everything is no reason to refuse anybody.
             assert set(world.ends) == {"done"}
-    assert {"kill", "partition", "pause", "connection", "reconnect", "taken up", "abandoned"} <= set(counts)
+    assert {"kill", "partition", "pause", "connection", "reconnect", "alone", "taken up", "abandoned"} <= set(counts)
     assert ends["done"] > 4 * ends["refused"]
 
 

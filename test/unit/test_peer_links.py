@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import time
 
 import msgspec
 import pytest
-from cluster_world import SAME, eventually, made_key
+from cluster_world import READY, SAME, Heard, eventually, made_key
 from peer_frontends import Frontend, linked, play, until_joined
 from peer_messages import opened, yielded
 
-from sglang_kevlar.control.session import Joined
+from sglang_kevlar.cluster.dialler import Dialler
+from sglang_kevlar.control.group_end import GroupEnd
+from sglang_kevlar.control.session import Ended
 from sglang_kevlar.frontend.peers import links as links_module
+from sglang_kevlar.protocol.cluster import Identity
 from sglang_kevlar.protocol.records import Complete, decoder
 
 KEY = made_key()
@@ -23,7 +27,7 @@ def test_each_two_have_one_session_and_the_first_by_name_dials():
     async def script(fs: list[Frontend]) -> None:
         linked(*fs)
         await until_joined(fs)
-        a, b, _c = fs
+        a, b, _ = fs
         assert a.handler.peers["b"] == b.identity and b.handler.peers["a"] == a.identity
         assert [sorted(f.links._diallers) for f in fs] == [["b", "c"], ["c"], []]
         assert [len(f.listener.sessions._by_session) for f in fs] == [0, 1, 2]
@@ -108,19 +112,20 @@ def test_another_than_who_should_be_there_is_none(caplog: pytest.LogCaptureFixtu
 
 
 def test_who_is_to_be_dialled_does_not_dial():
-    """b finds a's address among its peers, and a dials b: a second session, the other way round, is ended."""
-
     async def script(fs: list[Frontend]) -> None:
-        a, b = fs
-        linked(a, b)
-        await until_joined(fs)
-        # As if the names were the other way round for b.
-        event = Joined("s-wrong", b.identity, next(iter(b.listener.sessions)).state)
-        a.links.on_session(event)
-        assert not a.links.owns(event.__class__ and next(iter(b.handler.log))) and a.links._names == {}
-        assert set(a.handler.peers) == {"b"}
+        (a,) = fs
+        a.link({"a": a.address, "b": "127.0.0.1:1"})
+        heard = Heard()
+        identity = Identity(kind="frontend", name="b", host="h", instance="b1", url="http://b")
+        dialler = Dialler(a.address, KEY, GroupEnd(identity, SAME, READY, time.monotonic()), heard)
+        dialler.start()
+        try:
+            await eventually(lambda: heard.of(Ended))
+        finally:
+            dialler.close("the test is over")
+        assert heard.of(Ended)[0].reason == "frontend a dials b, not the other way" and not a.handler.log
 
-    play(script, A, B)
+    play(script, A)
 
 
 def test_frontends_of_other_models_do_not_join(caplog: pytest.LogCaptureFixture):

@@ -347,3 +347,68 @@ def test_an_answer_of_another_request_is_an_error() -> None:
             response = stack.enter_context(client.stream("POST", "http://x/generate"))
             with pytest.raises(ResumeError, match="another request than a"):
                 list(response.iter_raw())
+
+
+@pytest.mark.parametrize("lines", [0, 1, 2, 3])
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_a_response_that_another_server_goes_on_with_says_the_same_in_other_bytes(lines: int, mode: str) -> None:
+    """Latencies and times differ, and so do lengths: of a response without events the caller gets whole lines."""
+    words = [f'{{"word": {number}, "latency": %s}}' for number in range(3)]
+    first = "".join(f"{word % 0.25}\n" for word in words).encode()
+    second = "".join(f"{word % 0.123456789}\n" for word in words).encode()
+    if lines == 0:
+        first, second = first.split(b"\n")[0], second.split(b"\n")[0]
+    cut_at = sum(len(line) + 1 for line in first.split(b"\n")[: max(0, lines - 1)]) + 5
+    answers = [first[:cut_at], second]
+
+    class Cut(httpx.SyncByteStream, httpx.AsyncByteStream):
+        def __init__(self, data: bytes) -> None:
+            self._data = data
+
+        def __iter__(self) -> Iterator[bytes]:
+            yield from (self._data[at : at + 7] for at in range(0, len(self._data), 7))
+            if self._data is not second:
+                raise httpx.ReadError("cut")
+
+        async def __aiter__(self) -> Any:
+            for piece in self:
+                yield piece
+
+    def handle(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(200, headers={"X-Kevlar-Request-Id": "r"}, stream=Cut(answers.pop(0)))
+
+    url, inner = "http://x/v1/chat/completions", httpx.MockTransport(handle)
+    if mode == "sync":
+        with httpx.Client(transport=ResumingTransport(inner, **FAST)) as client:
+            got = client.post(url, json={}).content
+    else:
+
+        async def run() -> bytes:
+            async with httpx.AsyncClient(transport=AsyncResumingTransport(inner, **FAST)) as client:
+                return (await client.post(url, json={})).content
+
+        got = asyncio.run(run())
+    whole = max(0, lines - 1) if lines else 0
+    assert got == b"".join(first.splitlines(True)[:whole] + second.splitlines(True)[whole:])
+    assert [json.loads(line)["word"] for line in got.splitlines()] == list(range(len(first.splitlines())))
+
+
+def test_ids_of_events_are_handed_back_as_they_came() -> None:
+    """Also those with a number and the tag of a frontend."""
+    asked: list[str | None] = []
+    name = "r~1:x:7.2~a1b2"
+
+    class Stream(httpx.SyncByteStream):
+        def __iter__(self) -> Iterator[bytes]:
+            yield b"id: r~1:x:6.0~a1b2\ndata: 1\n\n" + f"id: {name}\ndata: 2\n\nid: not".encode()
+            if len(asked) < 2:
+                raise httpx.ReadError("cut")
+
+    def handle(request: httpx.Request) -> httpx.Response:
+        asked.append(request.headers.get("Last-Event-ID"))
+        headers = {"X-Kevlar-Request-Id": "r~1:x", "Content-Type": "text/event-stream"}
+        return httpx.Response(200, headers=headers, stream=Stream())
+
+    with httpx.Client(transport=ResumingTransport(httpx.MockTransport(handle), **FAST)) as client:
+        client.post("http://x/generate", json={})
+    assert asked == [None, name]

@@ -1,4 +1,4 @@
-"""Where a kept request is answered that does not run here: what `KeptMiddleware` and the endpoints ask peers for."""
+"""Where a kept request is answered that does not run here: what `KeptMiddleware` and the endpoints ask the peers."""
 
 from __future__ import annotations
 

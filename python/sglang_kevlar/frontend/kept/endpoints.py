@@ -10,9 +10,9 @@ from fastapi.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from sglang_kevlar.frontend.kept.events import BadId, parse_position
-from sglang_kevlar.frontend.kept.middleware import Refused, attachable, index_behind, principal_of
+from sglang_kevlar.frontend.kept.middleware import TRIES, Refused, attachable, index_behind, principal_of
 from sglang_kevlar.frontend.kept.registry import KeptRuns
-from sglang_kevlar.frontend.kept.run import Moved, Reader, Run
+from sglang_kevlar.frontend.kept.run import MovedAway, Reader, Run
 from sglang_kevlar.frontend.outcome import Failure, outcome_of
 
 
@@ -55,16 +55,18 @@ class _Answer(Response):
         self._respond = respond
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        while True:
+        for _ in range(TRIES):
             try:
                 run = await self._run(scope, receive, send)
                 response = None if run is None else self._respond(run)
             except Refused as refused:
                 response = _refusal(refused)
-            with contextlib.suppress(Moved):
+            with contextlib.suppress(MovedAway):
                 if response is not None:
                     await response(scope, receive, send)
                 return
+        moving = Refused(503, "this request is begun at several frontends: try again", 1)
+        await _refusal(moving)(scope, receive, send)
 
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> Run | None:
         """None when another frontend has answered. Raises Refused."""

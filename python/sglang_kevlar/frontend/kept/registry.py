@@ -59,6 +59,7 @@ class KeptRuns:
         kept = self.requests.find_rid(principal, rid)
         if isinstance(kept, Kept):
             run = self._runs[kept]
+            run.moved_away = True
             self.requests.forget(kept, why)
             self._end(run)
             self._drop_record(run, why)

@@ -30,8 +30,8 @@ class BrokenOff(Exception):
     """The response cannot be completed: the server closes the connection, and the client sees that it was cut."""
 
 
-class Moved(Exception):
-    """Another frontend has the request: this client, which was sent nothing, is to be answered from there."""
+class MovedAway(Exception):
+    """Another frontend has the run, and nothing of it was read here: it answers."""
 
 
 class Run:
@@ -44,6 +44,8 @@ class Run:
         self.record: RunRecord | None = None
         #: tokens up to which another frontend made it
         self._base = -1
+        #: given up in favour of the same request at another frontend
+        self.moved_away = False
         self._requests = requests
         #: status and headers, once they are there
         self.start: Message | None = None
@@ -121,7 +123,7 @@ class Run:
             return
         self.failure = error
         if self.start is None:
-            self._requests.forget(self.kept, "its endpoint failed")
+            self._forget("its endpoint failed")
         else:
             self._requests.drop(self.kept, f"its endpoint broke off: {type(error).__name__}")
         self.wake()
@@ -166,7 +168,13 @@ class Run:
         self._requests.end(self.kept, asyncio.get_running_loop().time())
         if self.start is not None and self.start["status"] >= 400:
             # Nothing was generated that could be lost, and who sends the same again shall not get the same refusal.
-            self._requests.forget(self.kept, "it was refused")
+            self._forget("it was refused")
+
+    def _forget(self, why: str) -> None:
+        self._requests.forget(self.kept, why)
+        if self.record is not None:
+            # At once: its key may be used again.
+            self.record.drop(why)
 
     async def _append(self, events: list[bytes], tokens: int) -> None:
         kept = self.kept
@@ -228,11 +236,6 @@ class Run:
         self._requests.detach(self.kept, asyncio.get_running_loop().time())
         self.moved()
 
-    def given(self) -> None:
-        """A client is about to get something of it."""
-        if self.record is not None:
-            self.record.read()
-
     def moved(self) -> None:
         """A client has read, or left."""
         self.kept.touched = asyncio.get_running_loop().time()
@@ -263,17 +266,18 @@ class Reader(Response):
     async def _copy(self, listener: asyncio.Task[None], send: Send) -> None:
         run, log, started = self._run, self._run.kept.log, False
         while not listener.done():
-            if not started and run.failure is None and run.kept.gone is not None and not log.complete:
-                raise Moved
+            if run.moved_away and not started:
+                raise MovedAway
             if run.start is None:
                 if run.failure is not None:
                     raise run.failure
                 await run.changed()
                 continue
             if not started:
-                run.given()
-                await send(run.start)
                 started = True
+                if run.record is not None:
+                    run.record.read()
+                await send(run.start)
             try:
                 piece, behind = log.read(self.index, PIECE)
             except Discarded:

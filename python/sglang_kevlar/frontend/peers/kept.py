@@ -137,6 +137,7 @@ class KeptPeers:
         if isinstance(here := runs.find(opened.principal, opened.key), Run):
             return here  # its client was back before its turn had come
         request = opened.request
+        assert runs.endpoints is not None, "the application has begun to serve before there are sessions"
         failure = None if record.ended is None else record.ended.failure
         if request.path.endswith(RESPONSES_PATH) and record.yields:
             # Its events name what they belong to by ids that are drawn when it is made.
@@ -151,7 +152,6 @@ class KeptPeers:
         self.records.directory.taken_up(name_of(opened))
         outputs = [each.messages for each in record.yields]
         recorded = Recorded(outputs, record.ended is not None or failure is not None, failure)
-        assert runs.endpoints is not None
         runs.serve(run, runs.endpoints, _scope(request, self._app), request.body, recorded)
         return run
 
