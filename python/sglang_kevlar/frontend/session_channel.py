@@ -39,7 +39,7 @@ class SessionChannel(Channel):
         super().__init__(group, epoch, capacity, place)
         self._send = send
         self.load = load
-        self.tells_plans = is_primary
+        self._is_primary = is_primary
         self._may_change = may_change
         self._waiting: deque[Any] = deque()
         self._arrived = asyncio.Event()
@@ -57,9 +57,12 @@ class SessionChannel(Channel):
             raise CannotSend(str(reason)) from reason
         self._send(payload)
 
+    def tells_plans(self) -> bool:
+        return self._is_primary()
+
     def refusal(self, message: Any) -> str | None:
         kind = type(message)
-        if not wire.reads(message) and not (self._may_change and self.tells_plans()):
+        if not wire.reads(message) and not (self._may_change and self._is_primary()):
             only = "only from the first frontend of its --join, and not from one with --peers"
             return f"worker group {self.group} takes {kind.__name__} {only}"
         try:
