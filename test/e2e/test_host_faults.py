@@ -252,6 +252,24 @@ def test_a_frontend_that_is_cut_off_holds_its_requests_until_groups_are_back(wor
 
 
 @pytest.mark.timeout(300)
+def test_a_frontend_that_stood_still_finds_its_groups_gone_and_gets_them_back(world: World, expected: Expected) -> None:
+    with world.load(expected) as load:
+        known, before = [world.status(name) for name in WORKERS], world.failovers()
+        frontend = world.server.frontend_pid()
+        os.kill(frontend, signal.SIGSTOP)
+        try:
+            for name in WORKERS:
+                world.wait_nothing_runs(name)
+        finally:
+            os.kill(frontend, signal.SIGCONT)
+        world.wait_given_up(set(WORKERS), before)
+        for group in known:
+            world.wait_back(group)
+        load.goes_on()
+    assert world.failovers() == before + len(WORKERS)
+
+
+@pytest.mark.timeout(300)
 def test_a_gateway_that_stood_still_goes_on_with_nothing_of_before(world: World, expected: Expected) -> None:
     with world.load(expected) as load:
         known, before = world.busiest(), world.failovers()

@@ -129,18 +129,24 @@ class SimFrontend:
         record = found.record
         identity = (record.opened.principal, record.opened.key)
         run = SimRun(record.opened.rid, identity, found.lineage, self.world.wanted[identity])
-        self.directory.taken_up(run.rid)
+        self.directory.taken_up((identity[0], run.rid))
         self.open(run)
         for each in record.yields:
             self.make(run, list(each.messages[0]))
         assert len(run.tokens) == record.offset
         if record.ended is not None:
-            run.pending.append((self.publish(Ended(rid=run.rid)), -1))
+            run.pending.append((self.publish(Ended(rid=run.rid, principal=identity[0])), -1))
         return run
 
     def make(self, run: SimRun, tokens: list[int]) -> None:
         run.tokens += tokens
-        record = Yielded(rid=run.rid, number=run.yields, offset=len(run.tokens), messages=[bytes(tokens)])
+        record = Yielded(
+            rid=run.rid,
+            principal=run.identity[0],
+            number=run.yields,
+            offset=len(run.tokens),
+            messages=[bytes(tokens)],
+        )
         run.yields += 1
         run.pending.append((self.publish(record), len(run.tokens)))
 
@@ -152,9 +158,10 @@ class SimFrontend:
         return position
 
     def abandon(self, rid: str, why: str) -> None:
-        self.directory.dropped(rid)
+        run = self.runs[rid]
+        self.directory.dropped(self.directory._runs[run.identity[0], rid])
         del self.runs[rid]
-        self.publish(Dropped(rid=rid, why=why))
+        self.publish(Dropped(rid=rid, principal=run.identity[0], why=why))
 
     def step(self) -> None:
         random = self.world.faults.random
@@ -170,7 +177,7 @@ class SimFrontend:
                 if run.over > 400:
                     self.abandon(run.rid, "its time is over")
             elif len(run.tokens) >= run.wanted:
-                run.pending.append((self.publish(Ended(rid=run.rid)), -1))
+                run.pending.append((self.publish(Ended(rid=run.rid, principal=run.identity[0])), -1))
             elif random.random() < 0.5:
                 self.make(run, [random.randrange(256) for _ in range(random.randint(1, 3))])
 
@@ -233,7 +240,7 @@ class SimClient:
         assert run.tokens[:have] == self.tokens, f"{run.rid}: continued behind something else"
         new = run.tokens[have : min(run.shown, have + count)]
         if new:
-            frontend.directory._runs[run.rid].read = True
+            frontend.directory._runs[run.identity[0], run.rid].read = True
             self.tokens += new
             self.last = EventId(run.rid, Point(len(self.tokens), 0), run.lineage.tag_at(len(self.tokens)))
         if run.ended and len(self.tokens) == len(run.tokens):

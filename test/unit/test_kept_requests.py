@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sglang_kevlar.control.event_delta import decode, encode
 from sglang_kevlar.control.event_log import EVENT_OVERHEAD, Discarded, EventLog, Position
 from sglang_kevlar.control.kept_requests import REQUEST_OVERHEAD, Gone, Kept, KeptRequests, NoRoom, RidTaken
-from sglang_kevlar.frontend.kept.events import BadId, Splitter, event_id, parse_id, parse_position, with_id
+from sglang_kevlar.frontend.kept.events import BadId, Splitter, event_id, parse_id, parse_position, tag_of, with_id
 
 # ---- the log
 
@@ -69,7 +69,10 @@ def test_events_are_whole_however_they_are_sent(events: list[bytes], data: Any) 
 
 def test_ids() -> None:
     assert with_id(b"data: x\n\n", event_id("a:b", Position(7, 2))) == b"id: a:b:7.2\ndata: x\n\n"
-    assert parse_id("a:b:7.2", "a:b") == (7, 2)
+    assert event_id("a:b", Position(7, 2), "t0") == "a:b:7.2~t0" and tag_of("a:b:7.2~t0") == ("a:b:7.2", "t0")
+    assert parse_id("a:b:7.2", "a:b") == parse_id("a:b:7.2~t0", "a:b") == (7, 2)
+    # An id may have what separates a tag.
+    assert parse_id("a~b:7.2", "a~b") == parse_id("a~b:7.2~t0", "a~b") == (7, 2)
     assert parse_position("7") == (7, 0)
     for bad in ("b:7.2", "a:b:", "a:b", "a:b:7.", "a:b:7.2.1", "a:b:-7", "a:b:\u0667", ""):
         with pytest.raises(BadId):

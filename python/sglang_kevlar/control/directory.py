@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from sglang_kevlar.control.lineage import EventId, Lineage
-from sglang_kevlar.control.records import KeptRecord, Source, heir
-from sglang_kevlar.protocol.records import Complete, Opened, Record
+from sglang_kevlar.control.records import KeptRecord, Source, heir, make_room
+from sglang_kevlar.protocol.records import Complete, Name, Opened, Record, name_of
 
 #: (principal, key)
 Identity: TypeAlias = tuple[str, str]
 
 
-@dataclass
+@dataclass(eq=False)
 class Run:
     """A kept request of this frontend."""
 
@@ -28,6 +28,10 @@ class Run:
     lineage: Lineage
     #: a client has been given events of it, or may have been
     read: bool = False
+
+    @property
+    def name(self) -> Name:
+        return self.identity[0], self.rid
 
 
 @dataclass(frozen=True)
@@ -82,8 +86,8 @@ class Directory:
         self._patience = patience
         #: frontends that should be there and are not, or have not said yet what they have; and since when
         self._missing = dict.fromkeys(expected, now)
-        self._runs: dict[str, Run] = {}
-        self._by_identity: dict[Identity, str] = {}
+        self._runs: dict[Name, Run] = {}
+        self._by_identity: dict[Identity, Run] = {}
         #: peers with a session, by name
         self._peers: dict[str, Source] = {}
         #: incarnations that were lost, by tag; with what may still be asked for
@@ -92,15 +96,19 @@ class Directory:
     # -- this frontend's
 
     def started(self, rid: str, identity: Identity, lineage: Lineage | None = None) -> Run:
-        assert rid not in self._runs and identity not in self._by_identity, f"request {rid} runs here already"
-        run = self._runs[rid] = Run(rid, identity, lineage or Lineage(self.tag))
-        self._by_identity[identity] = rid
+        assert not self.in_the_way(rid, identity), f"request {rid} runs here already"
+        run = Run(rid, identity, lineage or Lineage(self.tag))
+        self._runs[run.name] = self._by_identity[identity] = run
         assert run.lineage.tag == self.tag
         return run
 
-    def dropped(self, rid: str) -> None:
-        run = self._runs.pop(rid)
-        del self._by_identity[run.identity]
+    def in_the_way(self, rid: str, identity: Identity) -> list[Run]:
+        """Runs that are to be dropped before this one is started: their key, or their id, is used again."""
+        found = (self._runs.get((identity[0], rid)), self._by_identity.get(identity))
+        return [run for run in dict.fromkeys(found) if run is not None]
+
+    def dropped(self, run: Run) -> None:
+        del self._runs[run.name], self._by_identity[run.identity]
 
     # -- peers
 
@@ -123,15 +131,15 @@ class Directory:
     def lost(self, name: str, now: float) -> list[TakeUp]:
         """Its session ended. Returns what this frontend is to go on with now, without being asked."""
         source = self._peers.pop(name)
-        self._missing[name] = now
+        source.lost_at = self._missing[name] = now
         self._lost[source.incarnation] = source
         source.witnesses = {self.name: self.tag, **{peer: other.incarnation for peer, other in self._peers.items()}}
         if self._heir(source) != self.name:
             return []
         return [
             TakeUp(record, self._lineage(record, source))
-            for rid, record in source.records.items()
-            if record.ended is None and record.lost is None and self._elsewhere(rid, record) is None
+            for record in source.records.values()
+            if record.ended is None and record.lost is None and self._elsewhere(record) is None
         ]
 
     def apply(self, name: str, record: Record | Complete) -> Run | None:
@@ -142,7 +150,7 @@ class Directory:
             self._missing.pop(name, None)
         if not isinstance(record, Opened):
             return None
-        ours = self._runs.get(record.rid) or self._runs.get(self._by_identity.get((record.principal, record.key), ""))
+        ours = self._runs.get(name_of(record)) or self._by_identity.get((record.principal, record.key))
         if ours is None or ours.read:
             return None
         if ours.rid == record.rid:
@@ -164,9 +172,9 @@ class Directory:
     ) -> Where:
         """By its identity or its id, for ``principal``. ``behind``: the last event that the client has. ``alone``: the
         peers were asked, and none of them can go on with it."""
-        run = self._runs.get(rid or "") if identity is None else self._runs.get(self._by_identity.get(identity, ""))
+        run = self._runs.get((principal, rid or "")) if identity is None else self._by_identity.get(identity)
         found: Where | None = None
-        if run is not None and run.identity[0] == principal:
+        if run is not None:
             if behind is None or run.lineage.shares(behind.tag, behind.point):
                 return Here(run.rid)
             if (peer := self._with_tag(behind.tag)) is not None:
@@ -195,8 +203,8 @@ class Directory:
         best: TakeUp | Refused | None = None
         of: Source | None = None
         for source in self._lost.values():
-            record = _of(source, identity, rid)
-            if record is None or record.opened.principal != principal:
+            record = _of(source, identity, rid, principal)
+            if record is None:
                 continue
             if isinstance(best, TakeUp) and best.record.offset >= record.offset:
                 continue
@@ -208,8 +216,8 @@ class Directory:
                     f"request {name}: its frontend was lost, and had sent more of it ({behind.point.offset} tokens) "
                     f"than is known here ({record.offset})"
                 )
-            elif (record.opened.principal, record.opened.key) in self._by_identity:
-                best = Refused(f"request {name}: its frontend was lost, and this one runs the same request by itself")
+            elif self.in_the_way(name, (principal, record.opened.key)):
+                best = Refused(f"request {name}: its frontend was lost, and this one has its key, or its id, in use")
             else:
                 best, of = TakeUp(record, lineage), source
         if of is not None and isinstance(best, TakeUp) and not alone and (name := self._heir(of)) != self.name:
@@ -221,18 +229,30 @@ class Directory:
             for record in source.records.values():
                 yield source, record
 
-    def taken_up(self, rid: str) -> None:
+    def may_be_taken_up(self, found: TakeUp) -> bool:
+        """Whether it is still as it was when that was said: its frontend may have come back since."""
+        name = name_of(found.record.opened)
+        return any(source.records.get(name) is found.record for source in self._lost.values()) and not (
+            self._elsewhere(found.record)
+        )
+
+    def taken_up(self, name: Name) -> None:
         """What lost frontends had of it is ours now."""
         for source in list(self._lost.values()):
-            if rid in source.records:
-                source.drop(rid)
+            if name in source.records:
+                source.drop(name)
             if not source.records:
                 del self._lost[source.incarnation]
 
-    def expire(self, source: Source) -> None:
-        """What was lost with it is asked for no more, unless it came back."""
-        if self._lost.get(source.incarnation) is source:
-            del self._lost[source.incarnation]
+    def expire(self, now: float, retention: float) -> None:
+        """What was lost with frontends so long ago is asked for no more."""
+        for source in list(self._lost.values()):
+            if now >= source.lost_at + retention:
+                del self._lost[source.incarnation]
+
+    def make_room(self, limit: int) -> None:
+        """What is kept of other frontends' requests takes no more than ``limit`` bytes."""
+        make_room((*self._peers.values(), *self._lost.values()), limit)
 
     def peer(self, name: str) -> Source:
         return self._peers[name]
@@ -252,17 +272,18 @@ class Directory:
         assert found is not None
         return found
 
-    def _elsewhere(self, rid: str, record: KeptRecord) -> str | None:
-        if rid in self._runs or (record.opened.principal, record.opened.key) in self._by_identity:
+    def _elsewhere(self, record: KeptRecord) -> str | None:
+        opened = record.opened
+        if self.in_the_way(opened.rid, (opened.principal, opened.key)):
             return self.name
-        return self._peer_with(None, rid, record.opened.principal, None)
+        return self._peer_with(None, opened.rid, opened.principal, None)
 
     def _peer_with(
         self, identity: Identity | None, rid: str | None, principal: str, behind: EventId | None
     ) -> str | None:
         for name, source in self._peers.items():
-            record = _of(source, identity, rid)
-            if record is None or record.opened.principal != principal:
+            record = _of(source, identity, rid, principal)
+            if record is None:
                 continue
             lineage = Lineage(source.incarnation, tuple((tag, base) for tag, base in record.opened.before))
             if behind is None or lineage.shares(behind.tag, behind.point):
@@ -275,13 +296,14 @@ class Directory:
     def check(self) -> None:
         """Assert the invariants that hold between any two calls."""
         assert len(self._runs) == len(self._by_identity)
-        for identity, rid in self._by_identity.items():
-            assert self._runs[rid].identity == identity
+        for identity, run in self._by_identity.items():
+            assert self._runs[run.name] is run and run.identity == identity
         tags = [source.incarnation for source in (*self._peers.values(), *self._lost.values())]
         assert len(tags) == len(set(tags)) and self.tag not in tags
         for source in (*self._peers.values(), *self._lost.values()):
             source.check()
 
 
-def _of(source: Source, identity: Identity | None, rid: str | None) -> KeptRecord | None:
-    return source.records.get(rid or "" if identity is None else source.by_key.get(identity, ""))
+def _of(source: Source, identity: Identity | None, rid: str | None, principal: str) -> KeptRecord | None:
+    name = (principal, rid or "") if identity is None else source.by_key.get(identity)
+    return None if name is None else source.records.get(name)

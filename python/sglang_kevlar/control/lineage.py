@@ -7,25 +7,17 @@ its base, and others behind that, under its own.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
-
-_EVENT = re.compile(r"(.{1,256}):(\d{1,9})(?:\.(\d{1,6}))?~([0-9a-z]{1,16})")
-
-
-class BadEventId(ValueError):
-    """Not the name of an event; the message is for the client."""
 
 
 @dataclass(frozen=True, order=True)
 class Point:
-    """Behind the ``k``-th event at ``offset`` tokens. The beginning is before the first one at 0."""
+    """Behind the ``k``-th event at ``offset`` tokens."""
 
     offset: int
     k: int
 
 
-START = Point(0, -1)
 #: behind whatever came at its offset
 LAST_K = 10**6
 
@@ -35,18 +27,6 @@ class EventId:
     rid: str
     point: Point
     tag: str
-
-    def __str__(self) -> str:
-        return f"{self.rid}:{self.point.offset}.{self.point.k}~{self.tag}"
-
-
-def parse(text: str) -> EventId:
-    """Raises BadEventId."""
-    found = _EVENT.fullmatch(text)
-    if found is None:
-        raise BadEventId(f"{text[:300]!r} is not the id of an event of this server")
-    rid, offset, k, tag = found.groups()
-    return EventId(rid, Point(int(offset), LAST_K if k is None else int(k)), tag)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from sglang_kevlar.protocol.records import Complete, Dropped, Ended, Opened, Record, Yielded, size_of
+from sglang_kevlar.protocol.records import (
+    Alone,
+    Complete,
+    Dropped,
+    Ended,
+    Name,
+    Opened,
+    Record,
+    Yielded,
+    name_of,
+    size_of,
+    without_content,
+)
 
 
 class Contradiction(Exception):
@@ -19,9 +31,18 @@ class KeptRecord:
     opened: Opened
     yields: list[Yielded] = field(default_factory=list)
     ended: Ended | None = None
-    #: why it cannot be taken up; its memory was needed, say
+    #: why it cannot be taken up, as half a sentence; its memory was needed, say
     lost: str | None = None
     bytes: int = 0
+
+    def give_up(self, why: str) -> int:
+        """Of it only the name is kept. Returns the bytes that this makes free."""
+        before = self.bytes
+        self.lost = why
+        self.yields.clear()
+        self.opened = without_content(self.opened)
+        self.bytes = size_of(self.opened)
+        return before - self.bytes
 
     @property
     def offset(self) -> int:
@@ -35,12 +56,14 @@ class Source:
     def __init__(self, name: str, incarnation: str) -> None:
         self.name = name
         self.incarnation = incarnation
-        self.records: dict[str, KeptRecord] = {}
-        self.by_key: dict[tuple[str, str], str] = {}
+        self.records: dict[Name, KeptRecord] = {}
+        #: by principal and key
+        self.by_key: dict[tuple[str, str], Name] = {}
         self.bytes = 0
         #: what it had when the session began has been said
         self.complete = False
-        #: of a lost one: who else had its records then, by name, and in which incarnation
+        #: of a lost one: since when, and who else had its records then, by name, and in which incarnation
+        self.lost_at = 0.0
         self.witnesses: dict[str, str] = {}
 
     def begin(self) -> None:
@@ -55,20 +78,23 @@ class Source:
         if isinstance(record, Complete):
             self.complete = True
             return
-        rid = record.rid
+        rid, name = record.rid, name_of(record)
         if isinstance(record, Opened):
             identity = (record.principal, record.key)
-            if rid in self.records or identity in self.by_key:
+            if name in self.records or identity in self.by_key:
                 raise Contradiction(f"request {rid} is opened twice")
-            self.records[rid] = KeptRecord(record, bytes=size_of(record))
-            self.by_key[identity] = rid
+            self.records[name] = KeptRecord(record, bytes=size_of(record))
+            self.by_key[identity] = name
             self.bytes += size_of(record)
             return
-        kept = self.records.get(rid)
+        kept = self.records.get(name)
         if kept is None:
             raise Contradiction(f"request {rid} was not opened")
         if isinstance(record, Dropped):
-            self.drop(rid)
+            self.drop(name)
+            return
+        if isinstance(record, Alone):
+            self.give_up(kept, record.why)
             return
         if kept.ended is not None:
             raise Contradiction(f"request {rid} has ended")
@@ -84,28 +110,21 @@ class Source:
             kept.bytes += size_of(record)
             self.bytes += size_of(record)
 
-    def drop(self, rid: str) -> None:
-        kept = self.records.pop(rid)
+    def drop(self, name: Name) -> None:
+        kept = self.records.pop(name)
         self.bytes -= kept.bytes
         del self.by_key[kept.opened.principal, kept.opened.key]
 
-    def make_room(self, limit: int) -> None:
-        """Forget what was output of as many requests as it takes, the largest first: they cannot be taken up here."""
-        while self.bytes > limit:
-            kept = max(self.records.values(), key=lambda each: each.bytes)
-            if kept.lost is not None:
-                return
-            kept.lost = "there was not enough memory for its output (--stream-memory)"
-            self.bytes -= kept.bytes
-            kept.bytes = 0
-            kept.yields.clear()
+    def give_up(self, kept: KeptRecord, why: str) -> None:
+        self.bytes -= kept.give_up(why)
 
     def check(self) -> None:
         """Assert the invariants that hold between any two calls."""
         assert self.bytes == sum(kept.bytes for kept in self.records.values())
         assert len(self.by_key) == len(self.records)
-        for rid, kept in self.records.items():
-            assert self.by_key[kept.opened.principal, kept.opened.key] == rid
+        for name, kept in self.records.items():
+            assert self.by_key[kept.opened.principal, kept.opened.key] == name == name_of(kept.opened)
+            assert not (kept.lost and kept.yields)
             assert [each.number for each in kept.yields] == list(range(len(kept.yields)))
 
 
@@ -113,3 +132,15 @@ def heir(lost: str, alive: Iterable[str]) -> str | None:
     """Which of the frontends ``alive`` goes on with the requests of ``lost``: the next one by name, around the ring."""
     others = sorted(name for name in alive if name != lost)
     return next((name for name in others if name > lost), others[0] if others else None)
+
+
+def make_room(sources: Iterable[Source], limit: int) -> None:
+    """Let all of them take no more than ``limit`` bytes: the largest requests are given up, and cannot be taken up
+    here."""
+    sources = list(sources)
+    while sum(source.bytes for source in sources) > limit:
+        candidates = [(kept, source) for source in sources for kept in source.records.values() if kept.lost is None]
+        if not candidates:
+            return
+        kept, source = max(candidates, key=lambda each: each[0].bytes)
+        source.give_up(kept, "there was not enough memory for its output (--stream-memory)")

@@ -10,10 +10,25 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator
 
-from sglang_kevlar.protocol.records import Complete, Dropped, Ended, Opened, Record, Yielded, size_of
+from sglang_kevlar.protocol.records import (
+    Alone,
+    Complete,
+    Dropped,
+    Ended,
+    Name,
+    Opened,
+    Record,
+    Yielded,
+    name_of,
+    size_of,
+    without_content,
+)
 
-#: bytes sent to a peer that it has not acknowledged: behind that it does not keep up
+#: bytes published since a peer joined that it has not acknowledged: behind that it does not keep up
 MAX_BEHIND = 64 << 20
+#: bytes of all records. A peer that joins is sent them at once, and with those above a session must take them unread
+#: (`control.session.MAX_UNSEEN_BYTES`)
+MAX_RECORDS = 128 << 20
 
 
 class _Peer:
@@ -35,8 +50,8 @@ class Replication:
 
     def __init__(self, max_behind: int = MAX_BEHIND) -> None:
         self._max_behind = max_behind
-        #: of each request that may be taken up again, in order
-        self._records: dict[str, list[Record]] = {}
+        #: of each request, in order
+        self._records: dict[Name, list[Record]] = {}
         self._next = 0
         self._peers: dict[str, _Peer] = {}
         self.bytes = 0
@@ -50,32 +65,45 @@ class Replication:
 
     def publish(self, record: Record) -> int:
         """The position of ``record``, which goes to every peer. It is safe as soon as `safe` is larger."""
-        rid = record.rid
+        name = name_of(record)
         if isinstance(record, Opened):
-            assert rid not in self._records, f"request {rid} is recorded already"
-            self._records[rid] = []
+            assert name not in self._records, f"request {name} is recorded already"
+            self._records[name] = []
         elif isinstance(record, Yielded):
-            assert record.number == len(self._records[rid]) - 1, f"outputs of {rid} out of order"
+            assert record.number == len(self._records[name]) - 1, f"outputs of {name} out of order"
         position = self._next
         self._next += 1
         size = size_of(record)
         if isinstance(record, Dropped):
-            self.bytes -= sum(map(size_of, self._records.pop(rid)))
+            self.bytes -= _bytes(self._records.pop(name))
+        elif isinstance(record, Alone):
+            before = self._records[name]
+            assert isinstance(before[0], Opened) and not is_alone(before)
+            kept: list[Record] = [without_content(before[0]), record]
+            self._records[name] = kept
+            self.bytes += _bytes(kept) - _bytes(before)
         else:
-            self._records[rid].append(record)
+            self._records[name].append(record)
             self.bytes += size
         for peer in self._peers.values():
             self._sent(peer, position, size)
         self._update_safe()
         return position
 
+    def largest(self, limit: int) -> Name | None:
+        """Which request is to go on alone, when all of them take more than ``limit`` bytes."""
+        if self.bytes <= limit:
+            return None
+        candidates = [name for name, records in self._records.items() if not is_alone(records)]
+        return max(candidates, key=lambda name: _bytes(self._records[name]), default=None)
+
     def joined(self, name: str) -> list[Record | Complete]:
         """A session of a peer begins, in place of one before. Returns what it is sent first, before anything that is
         published later."""
         peer = self._peers[name] = _Peer(self._next)
         snapshot = [record for records in self._records.values() for record in records]
-        for record in snapshot:
-            self._sent(peer, -1, size_of(record))
+        for _ in snapshot:
+            self._sent(peer, -1, 0)
         # Only with this does it have all that there was.
         self._sent(peer, self._next - 1, 0)
         return [*snapshot, Complete()]
@@ -121,6 +149,14 @@ class Replication:
         for records in self._records.values():
             assert isinstance(records[0], Opened)
             assert not any(isinstance(record, Ended) for record in records[:-1])
+
+
+def is_alone(records: list[Record]) -> bool:
+    return len(records) > 1 and isinstance(records[1], Alone)
+
+
+def _bytes(records: list[Record]) -> int:
+    return sum(map(size_of, records))
 
 
 def _all(lists: Iterable[list[Record]]) -> Iterator[Record]:

@@ -298,7 +298,8 @@ class Failover(Requests):
                 batch.rids[i] = FENCED_RID
                 continue
             batch.rids[i] = entry.rid
-            if request.outcome is not None and request.outcome.kept is not None and request.outcome.kept.is_recorded:
+            kept = None if request.outcome is None else request.outcome.kept
+            if kept is not None and kept.is_recorded and kept.unrecordable is None:
                 recorded[i] = request
             reason = batch.finished_reasons[i]
             if reason is not None:
@@ -354,34 +355,48 @@ class Failover(Requests):
         for row, message in cut(batch, owners).items():
             outcome = requests[row].outcome
             assert outcome is not None and outcome.kept is not None
-            outcome.kept.messages.append(wire.encode(message))
+            try:
+                outcome.kept.messages.append(wire.encode(message))
+            except wire.NotForNetwork as problem:
+                outcome.kept.unrecordable = f"its output cannot be recorded: {problem}"
 
     async def _go_through(self, request: InFlight, recorded: Recorded) -> None:
         """What the frontend before us recorded of it, output by output as its endpoint takes them; then go on."""
         rid, entry = request.entry.rid, request.entry
+        assert request.outcome is not None and request.outcome.kept is not None
         for messages in recorded.outputs:
             await recorded.wanted()
             async with self._turn:
                 for message in messages:
                     if self.requests.get(rid) is not request:
                         return
-                    batch = wire.decode_answer(message)
+                    if recorded.left:
+                        self._end_aborted(request, AbortReq(rid=rid))
+                        return
+                    try:
+                        batch = _recorded_output(message)
+                    except wire.NotForNetwork as problem:
+                        why = f"request {rid}: what its frontend recorded of it cannot be used: {problem}"
+                        self._refuse(request, Failure(500, why, "not_continuable"))
+                        return
                     batch.rids[0] = rid
                     self.journal.take_over(entry, batch.output_ids[0], batch.cached_tokens[0])
-                    self._record(batch, {0: request})
-                    assert request.outcome is not None
+                    if request.outcome.kept.is_recorded:
+                        self._record(batch, {0: request})
                     request.outcome.first_token = True
+                    request.ended = batch.finished_reasons[0] is not None
                     await self._host.deliver(batch)
-                    if batch.finished_reasons[0] is not None:
+                    if request.ended:
                         self._close(entry)
                         return
-        await recorded.wanted()
+        if recorded.outputs:
+            await recorded.wanted()
         async with self._turn:
             if self.requests.get(rid) is not request:
                 return
             if recorded.failure is not None:
                 self._refuse(request, Failure(*recorded.failure))  # type: ignore[arg-type]
-            elif recorded.ended or request.abort_requested:
+            elif recorded.ended or recorded.left or request.abort_requested:
                 self._end_aborted(request, AbortReq(rid=rid))
             else:
                 self.journal.go_on(entry)
@@ -401,3 +416,11 @@ class Failover(Requests):
         if not task.cancelled() and (error := task.exception()) is not None:
             # State may be half changed: end this frontend; the launcher starts one that finds its groups running.
             self._inbox.put_nowait(error)
+
+
+def _recorded_output(message: bytes) -> BatchStrOutput | BatchTokenIDOutput:
+    """Raises NotForNetwork."""
+    batch = wire.decode_answer(message)
+    if not isinstance(batch, BatchStrOutput | BatchTokenIDOutput) or len(batch.rids) != 1:
+        raise wire.NotForNetwork(f"{type(batch).__name__} is not the output of one request")
+    return batch

@@ -84,9 +84,17 @@ class Requests:
         self.requests[entry.rid] = request
         if outcome is not None:
             outcome.rids[entry.rid] = None
-            if outcome.kept is not None and outcome.kept.recorded is not None:
-                self._spawn(self._go_through(request, outcome.kept.recorded))
-                return
+            if outcome.kept is not None:
+                outcome.kept.made_a_request()
+                recorded = outcome.kept.recorded
+                if recorded is not None and (recorded.outputs or recorded.ended):
+                    self._spawn(self._go_through(request, recorded))
+                    return
+                if recorded is not None:
+                    # Nobody was given anything of it: it begins anew, before those that come after it.
+                    self.hold.hold(entry.rid, time.monotonic(), redirected=True)
+                    self._pump()
+                    return
         if pinned_group in self.router.groups:
             self._dispatch(request, pinned_group)
         elif self.router.groups and not must_wait(self._has_room(entry), self._degraded(), len(self.hold)):

@@ -44,6 +44,9 @@ class SessionChannel(Channel):
         self._waiting: deque[Any] = deque()
         self._arrived = asyncio.Event()
 
+    def tells_plans(self) -> bool:
+        return self._is_primary()
+
     async def connected(self) -> bool:
         # It is ready, so its gateway has connected to it, and the session is what we are told that by.
         return not self.closed
@@ -56,9 +59,6 @@ class SessionChannel(Channel):
         except wire.NotForNetwork as reason:
             raise CannotSend(str(reason)) from reason
         self._send(payload)
-
-    def tells_plans(self) -> bool:
-        return self._is_primary()
 
     def refusal(self, message: Any) -> str | None:
         kind = type(message)

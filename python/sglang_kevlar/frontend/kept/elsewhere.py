@@ -1,4 +1,4 @@
-"""Where a kept request is answered that does not run here: what `KeptMiddleware` and the endpoints ask the peers."""
+"""Where a kept request is answered that does not run here: what `KeptMiddleware` and the endpoints ask peers for."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 from fastapi import FastAPI, Request
@@ -11,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 from sglang_kevlar.frontend.kept.events import BadId, parse_position
 from sglang_kevlar.frontend.kept.middleware import Refused, attachable, index_behind, principal_of
 from sglang_kevlar.frontend.kept.registry import KeptRuns
-from sglang_kevlar.frontend.kept.run import Reader, Run
+from sglang_kevlar.frontend.kept.run import Moved, Reader, Run
 from sglang_kevlar.frontend.outcome import Failure, outcome_of
 
 
@@ -54,13 +55,16 @@ class _Answer(Response):
         self._respond = respond
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            run = await self._run(scope, receive, send)
-            response = None if run is None else self._respond(run)
-        except Refused as refused:
-            response = _refusal(refused)
-        if response is not None:
-            await response(scope, receive, send)
+        while True:
+            try:
+                run = await self._run(scope, receive, send)
+                response = None if run is None else self._respond(run)
+            except Refused as refused:
+                response = _refusal(refused)
+            with contextlib.suppress(Moved):
+                if response is not None:
+                    await response(scope, receive, send)
+                return
 
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> Run | None:
         """None when another frontend has answered. Raises Refused."""

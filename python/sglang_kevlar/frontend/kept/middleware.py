@@ -7,6 +7,7 @@ All other requests pass, at the cost of a look at their headers.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -24,13 +25,11 @@ from sglang_kevlar.frontend.framing import error_body, framing_of
 from sglang_kevlar.frontend.kept.elsewhere import Elsewhere
 from sglang_kevlar.frontend.kept.events import RID, BadId, digest_of, parse_id
 from sglang_kevlar.frontend.kept.registry import KeptRuns
-from sglang_kevlar.frontend.kept.run import RID_HEADER, MovedAway, Reader, Run
+from sglang_kevlar.frontend.kept.run import RID_HEADER, Moved, Reader, Run
 from sglang_kevlar.frontend.outcome import Failure
 
 KEY_HEADER = b"idempotency-key"
 _KEY = re.compile(r"[\x21-\x7e]{1,255}")
-#: how often a request is looked for that moves from frontend to frontend
-TRIES = 3
 #: seconds after which it is worth trying again when there is no room
 RETRY_AFTER = 5
 
@@ -57,32 +56,16 @@ class KeptMiddleware:
         if endpoint is None:
             await self.app(scope, receive, send)
             return
+        body = _Body(scope)
         try:
-            await self._answer(scope, receive, send)
+            if not await self._read(receive, body, scope):
+                return
+            while (reader := await self._reader(scope, body, receive, send)) is not None:
+                with contextlib.suppress(Moved):
+                    await reader(scope, receive, send)
+                    return
         except Refused as refused:
             await _refusal(refused.failure, endpoint)(scope, receive, send)
-
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Raises Refused."""
-        headers = Headers(scope=scope)
-        key, principal = headers["idempotency-key"], principal_of(headers)
-        if not _KEY.fullmatch(key):
-            raise Refused(400, "Idempotency-Key: 1 to 255 visible ASCII characters")
-        # The body of a request that is here already is only compared: taking up again needs no room.
-        is_new = self._runs.find(principal, key) is None
-        body = _Body(scope)
-        if not await self._read(receive, body, is_new or self._runs.elsewhere is not None):
-            return  # the client left before it had sent its request
-        for _ in range(TRIES):
-            reader = await self._reader(scope, receive, send, principal, key, body, is_new)
-            if reader is None:
-                return
-            try:
-                await reader(scope, receive, send)
-                return
-            except MovedAway:
-                is_new = True
-        raise Refused(503, "this request is begun at several frontends: try again", 1)
 
     def _endpoint(self, scope: Scope) -> Scope | None:
         for route in self._routes:
@@ -91,11 +74,10 @@ class KeptMiddleware:
                 return {**scope, **child}
         return None
 
-    async def _reader(
-        self, scope: Scope, receive: Receive, send: Send, principal: str, key: str, body: _Body, is_new: bool
-    ) -> Reader | None:
-        """Raises Refused. None when another frontend has answered."""
+    async def _reader(self, scope: Scope, body: _Body, receive: Receive, send: Send) -> Reader | None:
+        """Raises Refused. None when another frontend answered."""
         headers, elsewhere = Headers(scope=scope), self._runs.elsewhere
+        key, principal = headers["idempotency-key"], principal_of(headers)
         wanted, last_id = headers.get(RID_HEADER.decode()), headers.get("last-event-id")
         # From here to the run's beginning nothing is awaited: of two that come at once one finds the other's.
         found = self._runs.find(principal, key)
@@ -113,7 +95,7 @@ class KeptMiddleware:
         if found is None:
             if wanted is not None or last_id is not None:
                 raise Refused(404, "no request with this Idempotency-Key is kept here: it cannot be taken up again")
-            if not is_new:
+            if not body.is_kept:
                 raise Refused(503, "the request with this Idempotency-Key has just failed: try again", 1)
             run = self._begin(principal, key, body)
             self._runs.serve(run, self.app, dict(scope), body.whole())
@@ -139,8 +121,14 @@ class KeptMiddleware:
         except RidTaken:
             raise Refused(409, f"request {rid} is kept under another Idempotency-Key") from None
 
-    async def _read(self, receive: Receive, body: _Body, keep: bool) -> bool:
-        """False when the client left. Raises Refused when it is too large to be kept."""
+    async def _read(self, receive: Receive, body: _Body, scope: Scope) -> bool:
+        """False when the client left. Raises Refused, also when it is too large to be kept."""
+        headers = Headers(scope=scope)
+        if not _KEY.fullmatch(key := headers["idempotency-key"]):
+            raise Refused(400, "Idempotency-Key: 1 to 255 visible ASCII characters")
+        # The body of a request that is here already is only compared: taking up again needs no room.
+        keep = self._runs.elsewhere is not None or self._runs.find(principal_of(headers), key) is None
+        body.is_kept = keep
         requests, reserved = self._runs.requests, 0
         try:
             while True:
@@ -167,6 +155,7 @@ class _Body:
     def __init__(self, scope: Scope) -> None:
         self._digest = digest_of(scope["path"], scope.get("query_string", b""))
         self._pieces: list[bytes] = []
+        self.is_kept = False
         self.size = 0
 
     def add(self, piece: bytes, keep: bool) -> None:

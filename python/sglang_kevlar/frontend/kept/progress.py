@@ -23,17 +23,21 @@ class RunRecord(Protocol):
 
     lineage: Lineage
 
+    def read(self) -> None:
+        """A client is given something of it."""
+
     async def output(self, messages: list[bytes], offset: int) -> None:
         """What one output is made of, and the tokens with it. The endpoint has it when this returns."""
 
-    def read(self) -> None:
-        """A client is being given events of it."""
+    async def alone(self, why: str) -> None:
+        """No outputs are recorded any more, for what ``why`` says: another frontend cannot go on with it. The endpoint
+        has the next one when this returns."""
 
     def end(self, failure: FailureValues | None) -> None:
         """The endpoint is through. ``failure``: what it was told went wrong."""
 
     def drop(self, why: str) -> None:
-        """It cannot be taken up any more. Called once, last."""
+        """It cannot be taken up any more. Called last, perhaps twice."""
 
 
 class Recorder(Protocol):
@@ -49,20 +53,30 @@ class Recorded:
         #: nothing came behind them, but perhaps a failure
         self.ended = ended
         self.failure = failure
+        #: the endpoint takes no more
+        self.left = False
         self._wanted = asyncio.Semaphore(0)
 
     def want(self) -> None:
         """The endpoint has taken the output before."""
         self._wanted.release()
 
+    def leave(self) -> None:
+        """It wants nothing any more."""
+        self.left = True
+        self._wanted.release()
+
     async def wanted(self) -> None:
+        """Until the next output is wanted, or ``left``."""
         await self._wanted.acquire()
+        if self.left:
+            self._wanted.release()
 
 
 class Progress:
     """Of one HTTP request."""
 
-    __slots__ = ("_record", "_rid", "messages", "offset", "recorded")
+    __slots__ = ("_record", "_rid", "messages", "offset", "recorded", "requests", "unrecordable")
 
     def __init__(self, rid: str, record: RunRecord | None = None, recorded: Recorded | None = None) -> None:
         self._rid: str | None = rid
@@ -72,10 +86,20 @@ class Progress:
         self.offset = 0
         #: since the last output
         self.messages: list[bytes] = []
+        #: how many requests its endpoint has made of it
+        self.requests = 0
+        #: why what comes cannot be recorded, as half a sentence
+        self.unrecordable: str | None = None
 
     @property
     def is_recorded(self) -> bool:
         return self._record is not None
+
+    def made_a_request(self) -> None:
+        self.requests += 1
+        if self.requests > 1:
+            # Their messages come in any order, and under ids that are drawn.
+            self.unrecordable = "a batch, or several choices, is not continued by another one"
 
     def name(self, obj: Any) -> None:
         """Lets the engine's request have the id of the HTTP request: the first one, if the client named it not."""
@@ -97,13 +121,18 @@ class Progress:
                     count = one["meta_info"].get("completion_tokens", 0)
                     tokens[index] = max(tokens.get(index, 0), count)
                 self.offset = before + sum(tokens.values())
-                if self._record is not None and self.messages:
-                    messages, self.messages = self.messages, []
+                messages, self.messages = self.messages, []
+                if self._record is not None and self.unrecordable is not None:
+                    output = _as_it_is(output)
+                    await self._record.alone(self.unrecordable)
+                elif self._record is not None and messages:
                     # Upstream goes on appending to the lists in it while we wait.
                     output = _as_it_is(output)
                     await self._record.output(messages, self.offset)
                 yield output
         finally:
+            if self.recorded is not None:
+                self.recorded.leave()
             await outputs.aclose()
 
 

@@ -59,7 +59,6 @@ class KeptRuns:
         kept = self.requests.find_rid(principal, rid)
         if isinstance(kept, Kept):
             run = self._runs[kept]
-            run.moved_away = True
             self.requests.forget(kept, why)
             self._end(run)
             self._drop_record(run, why)

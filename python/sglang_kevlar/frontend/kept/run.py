@@ -30,8 +30,8 @@ class BrokenOff(Exception):
     """The response cannot be completed: the server closes the connection, and the client sees that it was cut."""
 
 
-class MovedAway(Exception):
-    """Another frontend has the run, and nothing of it was read here: it answers."""
+class Moved(Exception):
+    """Another frontend has the request: this client, which was sent nothing, is to be answered from there."""
 
 
 class Run:
@@ -44,8 +44,6 @@ class Run:
         self.record: RunRecord | None = None
         #: tokens up to which another frontend made it
         self._base = -1
-        #: given up in favour of the same request at another frontend
-        self.moved_away = False
         self._requests = requests
         #: status and headers, once they are there
         self.start: Message | None = None
@@ -75,6 +73,7 @@ class Run:
                 query=scope.get("query_string", b""),
                 headers=list(scope["headers"]),
                 body=body,
+                root_path=scope.get("root_path", ""),
             )
             identity = (self.kept.principal, self.kept.key)
             self.record = recorder.begin(self.kept.rid, identity, self.lineage, request)
@@ -229,6 +228,11 @@ class Run:
         self._requests.detach(self.kept, asyncio.get_running_loop().time())
         self.moved()
 
+    def given(self) -> None:
+        """A client is about to get something of it."""
+        if self.record is not None:
+            self.record.read()
+
     def moved(self) -> None:
         """A client has read, or left."""
         self.kept.touched = asyncio.get_running_loop().time()
@@ -259,18 +263,17 @@ class Reader(Response):
     async def _copy(self, listener: asyncio.Task[None], send: Send) -> None:
         run, log, started = self._run, self._run.kept.log, False
         while not listener.done():
-            if run.moved_away and not started:
-                raise MovedAway
+            if not started and run.failure is None and run.kept.gone is not None and not log.complete:
+                raise Moved
             if run.start is None:
                 if run.failure is not None:
                     raise run.failure
                 await run.changed()
                 continue
             if not started:
-                started = True
-                if run.record is not None:
-                    run.record.read()
+                run.given()
                 await send(run.start)
+                started = True
             try:
                 piece, behind = log.read(self.index, PIECE)
             except Discarded:

@@ -20,7 +20,7 @@ from sglang_kevlar.frontend.outcome import Failure
 from sglang_kevlar.frontend.peers.forward import CANNOT, FORWARDED, Forwarder, Unreachable, message_of, relay
 from sglang_kevlar.frontend.peers.links import PeerLinks
 from sglang_kevlar.frontend.peers.records import PeerRecords
-from sglang_kevlar.protocol.records import HttpRequest
+from sglang_kevlar.protocol.records import HttpRequest, name_of
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +40,9 @@ class KeptPeers:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def close(self) -> None:
+        self.records.close()
+        for task in self._tasks:
+            task.cancel()
         self._links.close()
         await self._forwarder.close()
 
@@ -104,11 +107,12 @@ class KeptPeers:
             url = self.records.urls.get(name)
             if url is None:
                 raise Unreachable(f"frontend {name} has just gone")
-            response = await self._forwarder.ask(url, scope, body)
+            gone = self.records.leaving(name)
+            response = await self._forwarder.ask(url, scope, body, gone)
             if response.status in CANNOT:
                 refused = refused or Failure(response.status, await message_of(response), "invalid")
                 continue
-            await relay(response, receive, send)
+            await relay(response, receive, send, gone)
             return True, None
         return False, refused
 
@@ -123,8 +127,9 @@ class KeptPeers:
 
     async def _take_up_all(self, taken: list[TakeUp]) -> None:
         for found in taken:
-            self.take_up(found)
-            await asyncio.sleep(0)
+            if self.records.directory.may_be_taken_up(found):
+                self.take_up(found)
+                await asyncio.sleep(0)
 
     def take_up(self, found: TakeUp) -> Run | None:
         """Go on with a request of a lost frontend. None when there is no room, or it is here by now."""
@@ -143,7 +148,7 @@ class KeptPeers:
         except (NoRoom, RidTaken) as problem:
             logger.error("request %s of a lost frontend is not taken up: %s", opened.rid, problem or "its id is taken")
             return None
-        self.records.directory.taken_up(opened.rid)
+        self.records.directory.taken_up(name_of(opened))
         outputs = [each.messages for each in record.yields]
         recorded = Recorded(outputs, record.ended is not None or failure is not None, failure)
         assert runs.endpoints is not None
@@ -187,7 +192,7 @@ def _scope(request: HttpRequest, app: Any) -> Scope:
         "path": request.path,
         "raw_path": request.path.encode(),
         "query_string": request.query,
-        "root_path": "",
+        "root_path": request.root_path,
         "headers": list(request.headers),
         "client": None,
         "server": None,

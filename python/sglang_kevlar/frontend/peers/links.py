@@ -159,7 +159,12 @@ class PeerLinks:
         except (msgspec.MsgspecError, ValueError) as error:
             self.reject(name, f"records that cannot be read: {error}"[:300])
             return
-        self._handler.arrived(name, messages)
+        try:
+            self._handler.arrived(name, messages)
+        except Exception:
+            # It would wait for ever for what was not taken in.
+            logger.exception("what frontend %s says", name)
+            self.reject(name, "what it says cannot be taken in")
 
     def _ended(self, name: str, event: Ended) -> None:
         logger.warning("the session with frontend %s ended: %s: %s", name, event.kind, event.reason)

@@ -15,11 +15,26 @@ from typing import Any
 
 from sglang_kevlar.control.directory import Directory, Identity, Run, TakeUp
 from sglang_kevlar.control.lineage import Lineage
-from sglang_kevlar.control.records import Contradiction, Source
-from sglang_kevlar.control.replication import Replication
+from sglang_kevlar.control.records import Contradiction
+from sglang_kevlar.control.replication import MAX_RECORDS, Replication
 from sglang_kevlar.frontend.peers.links import PeerLinks
 from sglang_kevlar.protocol import cluster
-from sglang_kevlar.protocol.records import Dropped, Ended, HttpRequest, Opened, PeerMessage, Record, Taken, Yielded
+from sglang_kevlar.protocol.records import (
+    MAX_RECORD,
+    Alone,
+    Dropped,
+    Ended,
+    HttpRequest,
+    Name,
+    Opened,
+    PeerMessage,
+    Record,
+    Taken,
+    Yielded,
+    size_of,
+    why_not_recorded,
+    without_content,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +43,8 @@ PATIENCE = 10.0
 
 
 class PeerRecords:
-    """``links``, ``take_up`` (begins runs of a lost frontend) and ``abandon`` (ends a run, by principal and id, which a
-    peer has) are set before anything else."""
+    """``links``, ``take_up`` (begins runs of a lost frontend) and ``abandon`` (ends the run of this principal and id,
+    for a peer has it) are set before anything else."""
 
     links: PeerLinks
     take_up: Callable[[list[TakeUp]], None]
@@ -49,20 +64,44 @@ class PeerRecords:
         self._retention = retention
         #: where the others serve HTTP, by name
         self.urls: dict[str, str] = {}
+        #: of each peer, resolved when it leaves
+        self._leaving: dict[str, asyncio.Future[None]] = {}
+        self._records: dict[Name, RunRecord] = {}
         self._outboxes: dict[str, list[PeerMessage]] = {}
         self._taken: dict[str, int] = {}
         self._flush: asyncio.Handle | None = None
         #: in the order of their positions
         self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+        self._closed = False
+
+    def close(self) -> None:
+        """This frontend ends: that its sessions do makes no lost frontends of the others."""
+        self._closed = True
+
+    def leaving(self, name: str) -> asyncio.Future[None]:
+        """Done when this peer's session has ended. Raises KeyError when it has none."""
+        return self._leaving[name]
 
     # -- this frontend's
 
     def begin(self, rid: str, identity: Identity, lineage: Lineage | None, request: HttpRequest) -> RunRecord:
+        for stale in self.directory.in_the_way(rid, identity):
+            self._records[stale.name].drop("its key, or its id, is used again")
         run = self.directory.started(rid, identity, lineage)
         principal, key = identity
         before = list(run.lineage.before)
-        self._publish(Opened(rid=rid, principal=principal, key=key, before=before, request=request))
-        return RunRecord(self, run)
+        opened = Opened(rid=rid, principal=principal, key=key, before=before, request=request)
+        why_not = why_not_recorded(request, size_of(opened))
+        record = self._records[run.name] = RunRecord(self, run)
+        self._publish(opened if why_not is None else without_content(opened))
+        if why_not is not None:
+            record.go_alone(why_not)
+        return record
+
+    def forget(self, record: RunRecord) -> None:
+        """It was dropped."""
+        del self._records[record.run.name]
+        self.directory.dropped(record.run)
 
     def status(self) -> list[dict[str, Any]]:
         """``frontends`` of /kevlar/status."""
@@ -73,11 +112,14 @@ class PeerRecords:
         ]
 
     def _publish(self, record: Record) -> int:
+        """Its position, for `_safe`."""
         position = self._replication.publish(record)
         for name in self._outboxes:
             self._put(name, record)
         for name in self._replication.too_slow():
             self.links.reject(name, "it does not keep up with what this frontend records")
+        if (largest := self._replication.largest(min(self._memory, MAX_RECORDS))) is not None:
+            self._records[largest].go_alone("there was not enough memory for its output (--stream-memory)")
         return position
 
     async def _safe(self, position: int) -> None:
@@ -101,18 +143,21 @@ class PeerRecords:
         self.urls[name] = peer.url
         self._taken[name] = 0
         self._outboxes[name] = []
+        self._leaving[name] = asyncio.get_running_loop().create_future()
         for message in self._replication.joined(name):
             self._put(name, message)
         self._wake()
         self.take_up(taken)
 
     def left(self, name: str) -> None:
-        source = self.directory.peer(name)
         del self._outboxes[name], self._taken[name], self.urls[name]
+        self._leaving.pop(name).set_result(None)
         self._replication.left(name)
         self._wake()
         taken = self.directory.lost(name, time.monotonic())
-        asyncio.get_running_loop().call_later(self._retention, self._expire, source)
+        if self._closed:
+            return
+        asyncio.get_running_loop().call_later(self._retention, self._expire)
         if taken:
             logger.warning("frontend %s is lost: going on with %d requests of its clients", name, len(taken))
         self.take_up(taken)
@@ -130,8 +175,10 @@ class PeerRecords:
             self._taken[name] += 1
             if abandoned is not None:
                 self.abandon(abandoned.identity[0], abandoned.rid, f"frontend {name} has it, too")
+                if name not in self._taken:
+                    return  # it could not take even that
         if any(not isinstance(message, Taken) for message in messages):
-            self.directory.peer(name).make_room(self._memory)
+            self.directory.make_room(self._memory)
             self._put(name, Taken(count=self._taken[name]))
         self._wake()
 
@@ -147,8 +194,8 @@ class PeerRecords:
                 self._outboxes[name] = []
                 self.links.send(name, messages)
 
-    def _expire(self, source: Source) -> None:
-        self.directory.expire(source)
+    def _expire(self) -> None:
+        self.directory.expire(time.monotonic(), self._retention)
 
 
 class RunRecord:
@@ -160,24 +207,50 @@ class RunRecord:
         self.lineage = run.lineage
         self._yields = 0
         self._ended = False
+        self._dropped = False
+        #: position of the record that says so
+        self._alone: int | None = None
+
+    def read(self) -> None:
+        """A client is given something of it: it is abandoned for no other any more."""
+        self.run.read = True
 
     async def output(self, messages: list[bytes], offset: int) -> None:
         """Returns when the peers have it."""
-        record = Yielded(rid=self.run.rid, number=self._yields, offset=offset, messages=messages)
-        self._yields += 1
-        await self._records._safe(self._records._publish(record))
+        if self._dropped:
+            return
+        principal, rid = self.run.name
+        record = Yielded(rid=rid, principal=principal, number=self._yields, offset=offset, messages=messages)
+        if self._alone is None and size_of(record) > MAX_RECORD:
+            self.go_alone(f"one of its outputs is larger than {MAX_RECORD >> 20} MiB")
+        if self._alone is None:
+            self._yields += 1
+            await self._records._safe(self._records._publish(record))
+        else:
+            await self._records._safe(self._alone)
 
-    def read(self) -> None:
-        self.run.read = True
+    async def alone(self, why: str) -> None:
+        """No other frontend can go on with it from here on. Returns when the peers know."""
+        self.go_alone(why)
+        if self._alone is not None:
+            await self._records._safe(self._alone)
+
+    def go_alone(self, why: str) -> None:
+        if self._alone is None and not self._dropped:
+            principal, rid = self.run.name
+            self._alone = self._records._publish(Alone(rid=rid, principal=principal, why=why[:1000]))
 
     def end(self, failure: tuple[int, str, str, int | None] | None) -> None:
         """Its endpoint is through."""
-        if not self._ended:
+        if not (self._ended or self._dropped):
             self._ended = True
-            self._records._publish(Ended(rid=self.run.rid, failure=failure))
+            principal, rid = self.run.name
+            self._records._publish(Ended(rid=rid, principal=principal, failure=failure))
 
     def drop(self, why: str) -> None:
-        """It cannot be taken up any more."""
-        self._ended = True
-        self._records.directory.dropped(self.run.rid)
-        self._records._publish(Dropped(rid=self.run.rid, why=why[:1000]))
+        """Nobody can come back for it."""
+        if not self._dropped:
+            self._dropped = True
+            self._records.forget(self)
+            principal, rid = self.run.name
+            self._records._publish(Dropped(rid=rid, principal=principal, why=why[:1000]))
