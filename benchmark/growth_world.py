@@ -505,7 +505,7 @@ class Watcher:
         failover = SimpleNamespace(requests=requests, channels=channels, hold=(), events=events)
         manager = SimpleNamespace(
             groups=groups, failover=failover, plan=plan, started_at=0.0, config_value=lambda name: "default",
-            load_snapshot_reader=GroupLoadReader(plan, failover),
+            load_snapshot_reader=GroupLoadReader(plan, failover), kept=SimpleNamespace(status=dict), peers=None,
         )  # fmt: skip
         manager._queued = partial(KevlarTokenizerManager._queued, manager)
         return partial(KevlarTokenizerManager.kevlar_status, manager)

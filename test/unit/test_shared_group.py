@@ -307,7 +307,7 @@ def test_what_cannot_travel_is_refused_and_the_session_stays(play) -> None:
 def test_a_payload_that_is_none_ends_the_session_and_the_next_is_tried(play) -> None:
     async def script(w: World) -> None:
         session = w.first.sessions.table.groups[0].session
-        w.first.sessions._current().requests(session, 1, b"garbage")
+        w.first.sessions.listener.requests(session, 1, b"garbage")
         await w.until(lambda: bool(w.first.of(GroupLost)), "over")
         await w.until(lambda: len(w.first.of(GroupReady)) == 2, "joined again")
         w.shared._ways[0].outputs(1, b"garbage")

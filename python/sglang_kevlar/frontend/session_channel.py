@@ -62,7 +62,7 @@ class SessionChannel(Channel):
 
     def refusal(self, message: Any) -> str | None:
         kind = type(message)
-        if not wire.reads(message) and not (self._may_change and self.tells_plans()):
+        if not wire.reads(message) and not (self._may_change and self._is_primary()):
             only = "only from the first frontend of its --join, and not from one with --peers"
             return f"worker group {self.group} takes {kind.__name__} {only}"
         try:
