@@ -1,7 +1,7 @@
 """The frontend's real actor over real sockets, with stand-ins for the worker groups, and what its turns cost.
 
 Everything between `submit` and the sockets is the server's own: `frontend.failover.Failover` with journal, router,
-hold queue, shadow plans and channels, `control.membership`, and for the watching `frontend.monitor.GroupMonitor`. Of
+hold queue, shadow plans and channels, `control.membership`, and for the watching `frontend.groups.WorkerGroups`. Of
 the frontend only upstream's side (HTTP, tokenizer, detokenized text) is missing.
 """
 
@@ -39,11 +39,10 @@ from sglang.srt.sampling.sampling_params import SamplingParams  # noqa: E402
 
 from sglang_kevlar.control.membership import Event, GroupReady, Membership  # noqa: E402
 from sglang_kevlar.frontend.failover import FENCED_RID, Failover  # noqa: E402
+from sglang_kevlar.frontend.groups import WorkerGroups  # noqa: E402
 from sglang_kevlar.frontend.host import Host  # noqa: E402
 from sglang_kevlar.frontend.loads import GroupLoadReader  # noqa: E402
-from sglang_kevlar.frontend.monitor import GroupMonitor  # noqa: E402
 from sglang_kevlar.frontend.outcome import RequestOutcome  # noqa: E402
-from sglang_kevlar.frontend.shadow_status import ShadowReader  # noqa: E402
 from sglang_kevlar.frontend.tokenizer_manager import KevlarTokenizerManager  # noqa: E402
 from sglang_kevlar.observability.events import HISTORY, FailoverEvents  # noqa: E402
 from sglang_kevlar.observability.metrics import NoMetrics  # noqa: E402
@@ -254,6 +253,16 @@ class Actor(Failover):
             self.last = Clocks.now()
 
 
+def unasked(*what: object) -> None:
+    raise AssertionError(f"nothing is wrong with {what}")
+
+
+class Healthy(WorkerGroups):
+    """Only the channels of the groups, whose membership is the benchmark's."""
+
+    kill = on_internal_error = staticmethod(unasked)
+
+
 class Frontend(Host):
     def __init__(self, point: Point, directory: str, commands: Connection) -> None:
         self._point = point
@@ -266,17 +275,14 @@ class Frontend(Host):
         self._epochs = [0] * point.groups
         metrics = NoMetrics()
         self._actor = Actor(
-            host=self, plan=self.plan, paths=Paths(directory), kill=self._unasked, internal_error=self._unasked,
-            is_draining=lambda group: False, incarnation="f", events=FailoverEvents(metrics), metrics=metrics,
+            host=self, groups=Healthy(self.plan, Paths(directory), unasked), plan=self.plan, paths=Paths(directory),
+            incarnation="f", events=FailoverEvents(metrics), metrics=metrics,
         )  # fmt: skip
         self._awaited = 0
         self._all_came = asyncio.Event()
         #: seconds from a token of the bystander being made to its delivery
         self._late: list[float] = []
         self._count = 0
-
-    def _unasked(self, *what: object) -> None:
-        raise AssertionError(f"nothing is wrong with {what}")
 
     # -- Host
 
@@ -468,8 +474,8 @@ class Watcher:
 
     async def measure(self) -> dict[str, Any]:
         plan = launch_plan(KevlarArgs(worker_groups=self._groups))
-        monitor = GroupMonitor(self._paths, plan.kevlar, self._on_event)
-        monitor.start()
+        groups = WorkerGroups(plan, self._paths, self._on_event)
+        groups.start()
         for command in [*(("live", group) for group in range(self._groups)), ("report",)]:
             self._commands.send(command)
             self._commands.recv()
@@ -480,15 +486,15 @@ class Watcher:
         await asyncio.sleep(WATCHED)
         spent = Clocks.now().since(begin)
         result = {"watch": {name: value / WATCHED for name, value in spent.items()}}
-        status = self._status(monitor, plan)
+        status = self._status(groups, plan)
         status()
         begin = Clocks.now()
         status()
         result["status"] = Clocks.now().since(begin)
-        monitor.close()
+        groups.close()
         return result
 
-    def _status(self, monitor: GroupMonitor, plan: LaunchPlan) -> Callable[[], dict[str, Any]]:
+    def _status(self, groups: WorkerGroups, plan: LaunchPlan) -> Callable[[], dict[str, Any]]:
         """Of a frontend that has run for long, with 32 requests a group."""
         events = FailoverEvents(NoMetrics())
         for count in range(HISTORY):
@@ -498,8 +504,8 @@ class Watcher:
         channels = {group: SimpleNamespace(up_to_date=True, epoch=1) for group in range(self._groups)}
         failover = SimpleNamespace(requests=requests, channels=channels, hold=(), events=events)
         manager = SimpleNamespace(
-            monitor=monitor, failover=failover, plan=plan, started_at=0.0, config_value=lambda name: "default",
-            load_snapshot_reader=GroupLoadReader(plan, failover), _shadows=ShadowReader(plan, self._paths),
+            groups=groups, failover=failover, plan=plan, started_at=0.0, config_value=lambda name: "default",
+            load_snapshot_reader=GroupLoadReader(plan, failover), kept=SimpleNamespace(status=dict), peers=None,
         )  # fmt: skip
         manager._queued = partial(KevlarTokenizerManager._queued, manager)
         return partial(KevlarTokenizerManager.kevlar_status, manager)

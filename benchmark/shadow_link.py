@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measure the line that a rank's shadow travels over: see README.md beside this file.
 
-    python benchmark/shadow_link.py [--quick] [--rates 1000 100] [--transports tcp]
+    python benchmark/shadow_link.py [--quick] [--transports tcp] [--rates 0 1000 100]
 
 The sender and the store of a rank, each in a process of its own, as two hosts have them; no engine. With --rates they
 are in network namespaces with a limited line between them, which needs root, ip and tc.
@@ -15,6 +15,7 @@ import itertools
 import os
 import resource
 import secrets
+import signal
 import subprocess
 import sys
 import tempfile
@@ -199,7 +200,7 @@ def main() -> None:
     parser.add_argument("--role", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--transports", nargs="+", default=["shm", "tcp"], choices=["shm", "tcp", "mooncake"])
-    parser.add_argument("--rates", nargs="*", type=int, default=[], help="of lines between two hosts, Mbit/s")
+    parser.add_argument("--rates", nargs="+", type=int, default=[0], help="of the line, Mbit/s; 0: loopback")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     if args.role:
@@ -208,13 +209,14 @@ def main() -> None:
             store(directory, transport, host)
         source(directory, transport, host, rest[0], int(rest[1]), float(rest[2]))
     repeats = 1 if args.quick else args.repeats
-    points = [(transport, 0) for transport in args.transports]
-    points += [(transport, mbit) for mbit in args.rates for transport in args.transports if transport != "shm"]
+    points = [(name, mbit) for mbit in args.rates for name in args.transports if name != "shm" or not mbit]
+    # So that an end by SIGTERM leaves no process and no namespace.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     print(f"load {os.getloadavg()[0]:.1f}, {repeats} runs each; median (least - most)\n")
     print("| transport | line, Mbit/s | MB/s | CPU of source, ms a MB | of store | lag at half load, ms | p99 |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for transport, mbit in points:
-        megabytes = max(10, min(1000, mbit)) if mbit else 1000
+        megabytes = min(300, mbit) if mbit else 300
         megabytes = megabytes // 10 if args.quick else megabytes
         full = [measure(transport, mbit, megabytes) for _ in range(repeats)]
         speed = sorted(one["MB/s"] for one in full)[repeats // 2]

@@ -21,6 +21,8 @@ GROUP_TITLE = "SGLang-Kevlar"
 #: `cluster.keys.ENVIRONMENT`; that module is not light
 KEY_ENVIRONMENT = "SGLANG_KEVLAR_CLUSTER_KEY"
 PROG = "python -m sglang_kevlar.launch_server"
+#: that share worker groups
+MAX_FRONTENDS = 16
 
 
 class _Flag(msgspec.Struct, frozen=True):
@@ -70,6 +72,31 @@ def address(text: str) -> tuple[str, int]:
     if not host or not (port.isascii() and port.isdigit()) or not 0 < int(port) < 65536:
         raise ValueError(f"must be HOST:PORT, got {text!r}")
     return host, int(port)
+
+
+def peer_addresses(text: str) -> dict[str, str]:
+    """Of --peers: where each frontend listens, by name. Raises ValueError."""
+    addresses: dict[str, str] = {}
+    for each in text.split(","):
+        name, equals, at = each.strip().partition("=")
+        if not equals or usable_name(name) is not None:
+            raise ValueError(f"must be NAME=HOST:PORT,NAME=HOST:PORT, got {each.strip()!r}")
+        address(at)
+        if name in addresses:
+            raise ValueError(f"must name each frontend once, got {name} twice")
+        addresses[name] = at
+    if not 2 <= len(addresses) <= MAX_FRONTENDS:
+        raise ValueError(f"must be 2 to {MAX_FRONTENDS} frontends, got {len(addresses)}")
+    return addresses
+
+
+def _usable_peers(value: str | None) -> str | None:
+    try:
+        if value is not None:
+            peer_addresses(value)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def usable_address(value: str | None) -> str | None:
@@ -170,6 +197,12 @@ _FLAGS: dict[str, _Flag] = {
         _share,
         "SHARE",
     ),
+    "stream_retention": _Flag(
+        "A request with an Idempotency-Key can be taken up again this many seconds after its end. While it runs it is "
+        "aborted when no client has been attached for as long.",
+        _positive,
+    ),
+    "stream_memory": _Flag("Most memory, in MiB, for the bodies and responses of such requests.", _at_least(1), "MIB"),
     "allow_chaos": _Flag(
         "For staging: ranks take orders of python -m sglang_kevlar.chaos to raise, to hang, and to harm frames of the "
         "shadow.",
@@ -187,6 +220,13 @@ _FLAGS: dict[str, _Flag] = {
         f"the environment variable {KEY_ENVIRONMENT}.",
         _not_empty,
     ),
+    "peers": _Flag(
+        "All frontends of the same worker groups, this one too, by name, with the address at which each listens; the "
+        "same text at each. They go on with each other's requests that have an Idempotency-Key.",
+        _usable_peers,
+        "NAME=HOST:PORT,...",
+    ),
+    "frontend_name": _Flag("Which of --peers this one is.", usable_name, "NAME"),
     "host_label": _Flag(
         "Label of this host, from which shadows are kept apart. Default: its name.", usable_name, "NAME"
     ),
@@ -310,6 +350,21 @@ def _problem(args: KevlarArgs) -> str | None:
             f"argument --restart-backoff-max: must not be less than --restart-backoff "
             f"({args.restart_backoff:g}), got {args.restart_backoff_max:g}"
         )
+    if (args.peers is None) != (args.frontend_name is None):
+        return "argument --peers: goes with --frontend-name, which says which of them this one is"
+    if args.peers is not None and args.frontend_name is not None:
+        addresses = peer_addresses(args.peers)
+        if args.frontend_name not in addresses:
+            return (
+                f"argument --frontend-name: must be one of --peers ({', '.join(addresses)}), got {args.frontend_name}"
+            )
+        if args.listen is None or args.worker_groups > 0:
+            return (
+                "argument --peers: needs --listen and --worker-groups 0: the frontends share groups that join them all"
+            )
+        for at in addresses.values():
+            if problem := key_problem(args.cluster_key_file, "--peers", at):
+                return problem
     if args.listen is not None:
         return key_problem(args.cluster_key_file, "--listen", args.listen)
     return None

@@ -56,7 +56,9 @@ class Engine(GroupsEngine):
             raise
 
     def _start_groups(self, flags: list[str]) -> None:
-        config.split_args(flags)  # errors of our own flags, here rather than in a child
+        # Errors of our own flags, here rather than in a child.
+        if config.split_args(flags)[0].listen is not None:
+            raise EngineStartError("listen: worker groups of other hosts join a server, not an Engine")
         status = StatusReader()
         command = [sys.executable, "-m", "sglang_kevlar.launcher.main", "--groups-only"]
         command += ["--owner-pid", str(os.getpid()), "--status-fd", str(status.writer), *flags]

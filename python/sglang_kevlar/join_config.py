@@ -32,8 +32,6 @@ _TAKEN = (
     "shadow_audit",
     "allow_chaos",
 )
-#: frontends of one group
-MAX_FRONTENDS = 16
 
 
 class JoinFlags(msgspec.Struct, frozen=True, kw_only=True):
@@ -86,8 +84,8 @@ def split_args(argv: Sequence[str]) -> tuple[JoinFlags, list[str]]:
 
 
 def _problem(frontends: list[str], name: str | None, given: dict[str, Any]) -> str | None:
-    if len(set(frontends)) != len(frontends) or len(frontends) > MAX_FRONTENDS:
-        return f"argument --join: must be at most {MAX_FRONTENDS} frontends, each once"
+    if len(set(frontends)) != len(frontends) or len(frontends) > config.MAX_FRONTENDS:
+        return f"argument --join: must be at most {config.MAX_FRONTENDS} frontends, each once"
     for at in frontends:
         if message := config.usable_address(at):
             return f"argument --join: {message}"

@@ -70,10 +70,10 @@ class Case:
     #: answers of two undisturbed runs are equal
     exact: bool = True
 
-    def run(self, url: str, timeout: float = 180.0) -> Answer:
+    def run(self, url: str, timeout: float = 180.0, client: httpx.Client | None = None) -> Answer:
         reader = _READERS[self.path]
         answer = Answer()
-        with httpx.stream("POST", url + self.path, json=self.body, timeout=timeout) as response:
+        with (client or httpx).stream("POST", url + self.path, json=self.body, timeout=timeout) as response:
             answer.status = response.status_code
             if response.status_code != 200:
                 answer.error = response.read().decode(errors="replace")

@@ -126,3 +126,30 @@ def test_when_the_first_server_dies_the_second_gets_the_group_without_its_change
     second.wait_ready(1)
     assert run(second, undisturbed) == []
     assert httpx.post(f"{second.url}/flush_cache", timeout=30).status_code == 200, "it is the first now"
+
+
+@pytest.mark.timeout(300)
+def test_a_group_of_two_ranks_joins_and_comes_back(models, tmp_path) -> None:
+    """The only one of its server: requests wait for it, and go on."""
+    cluster = Cluster(tmp_path)
+    server = Server(models / "llama-f32", tmp_path / "log", *cluster.listen, "--tp-size", "2", groups=0)
+    group = cluster.join("two")
+    try:
+        group.wait_ready(server)
+        server.wait_ready(1)
+        assert len(group.group(server)["pids"]["ranks"]) == 2
+        answers = [case.run(server.url) for case in CASES[:3]]
+
+        def hit() -> None:
+            server.wait(lambda s: any(g["running"] for g in s["groups"]), "running requests", 30)
+            time.sleep(0.3)
+            os.kill(group.group(server)["pids"]["ranks"][1], signal.SIGKILL)
+
+        thread = threading.Thread(target=hit)
+        thread.start()
+        assert run(server, list(zip(CASES, answers, strict=False))) == []
+        thread.join()
+        assert server.status()["failovers"][-1]["cause"].startswith("rank1")
+    finally:
+        group.stop()
+        server.stop()

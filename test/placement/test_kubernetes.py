@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from sglang_kevlar import config
 from sglang_kevlar.cluster import keys
 from sglang_kevlar.launcher.main import DRAIN_TIMEOUT, STOP_TIMEOUT
 
@@ -76,6 +77,13 @@ def test_groups_join_every_frontend_and_ask_every_frontend() -> None:
     assert "$(" not in " ".join(probe), "the kubelet expands this in args only"
     module = re.search(r"python -m (\S+)", probe[-1])
     assert module is not None and importlib.util.find_spec(module[1]) is not None
+
+
+def test_each_frontend_knows_all_of_them() -> None:
+    peers = config.peer_addresses(flags(FRONTENDS)["peers"])
+    assert list(peers.values()) == frontend_addresses("cluster")
+    assert list(peers) == [address.partition(".")[0] for address in peers.values()], "the names of the pods"
+    assert flags(FRONTENDS)["frontend-name"] == "$(POD_NAME)"
 
 
 def test_frontends_listen_where_their_ports_say() -> None:

@@ -31,6 +31,7 @@ from sglang_kevlar.control.membership import (
     Membership,
 )
 from sglang_kevlar.frontend import failover as failover_module
+from sglang_kevlar.frontend import requests as requests_module
 from sglang_kevlar.frontend.failover import FENCED_RID, Failover
 from sglang_kevlar.frontend.host import Host
 from sglang_kevlar.frontend.outcome import RequestOutcome
@@ -421,7 +422,8 @@ def simulate(
     sim.steps = steps
     with (
         patch.object(failover_module, "time", sim.loop),
-        patch.object(failover_module, "GIVEN_AT_ONCE", failover_module.REQUEST_COST * (1 + seed % 3)),
+        patch.object(requests_module, "time", sim.loop),
+        patch.object(requests_module, "GIVEN_AT_ONCE", requests_module.REQUEST_COST * (1 + seed % 3)),
     ):
         try:
             run_virtual(sim.loop, sim.main())

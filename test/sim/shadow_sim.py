@@ -149,7 +149,7 @@ class ShadowWorld:
     def tell(self) -> None:
         """Who shadows to whom, as the frontend says it."""
         channels: Any = [
-            SimpleNamespace(group=group, epoch=rank.epoch, place=self.place(group))
+            SimpleNamespace(group=group, epoch=rank.epoch, place=self.place(group), tells_plans=lambda: True)
             for group, rank in self.ranks.items()
         ]
         content = "" if self.updating else str(self.weights)

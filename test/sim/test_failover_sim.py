@@ -19,6 +19,7 @@ from frontend_fakes import (
 from sglang_kevlar.control.admission import Held, HoldQueue
 from sglang_kevlar.control.journal import Entry, Journal
 from sglang_kevlar.frontend import failover as failover_module
+from sglang_kevlar.frontend import requests as requests_module
 from sglang_kevlar.frontend.failover import Failover
 from sglang_kevlar.frontend.in_flight import InFlight
 
@@ -154,7 +155,7 @@ def test_new_requests_before_redirected_ones_are_noticed(monkeypatch):
 
 
 def test_new_requests_that_come_while_many_are_moved_and_go_first_are_noticed(monkeypatch):
-    monkeypatch.setattr(failover_module, "must_wait", lambda room, degraded, waiting: degraded and not room)
+    monkeypatch.setattr(requests_module, "must_wait", lambda room, degraded, waiting: degraded and not room)
     caught("goes before redirected")
 
 

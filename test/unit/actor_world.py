@@ -22,6 +22,7 @@ from frontend_fakes import (
 from sglang_kevlar.control.journal import Attempt
 from sglang_kevlar.control.membership import GroupLost, GroupReady
 from sglang_kevlar.frontend import failover as failover_module
+from sglang_kevlar.frontend import requests as requests_module
 from sglang_kevlar.frontend.failover import Failover, Host
 from sglang_kevlar.frontend.outcome import RequestOutcome
 from sglang_kevlar.observability.events import FailoverEvents
@@ -153,4 +154,5 @@ def play(script: Callable[[World], Coroutine[Any, Any, None]], args: KevlarArgs 
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(failover_module, "time", loop)
+        patch.setattr(requests_module, "time", loop)
         run_virtual(loop, main())

@@ -17,7 +17,7 @@ from cluster_world import LEASE, PATIENCE, READY, SAME, Heard, dialling, listeni
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_kevlar.cluster import keys, sockets
+from sglang_kevlar.cluster import keys, router, sockets
 from sglang_kevlar.cluster.dialler import Dialler
 from sglang_kevlar.cluster.keys import ClusterKey, KeyProblem
 from sglang_kevlar.cluster.listener import Listener
@@ -113,6 +113,11 @@ def open_files() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
+def resident() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 @pytest.mark.parametrize("which", ["another key", "no key"])
 def test_who_has_not_the_key_is_told_so_and_gets_nowhere(world: World, which: str) -> None:
     key = made_key() if which == "another key" else None
@@ -181,7 +186,7 @@ def test_garbage_of_a_joined_group_ends_its_session_only(world: World, context: 
 def test_a_frame_that_is_too_large_ends_its_connection(
     world: World, context: zmq.Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sockets, "MAX_FRAME_BYTES", 1 << 16)
+    monkeypatch.setattr(router, "MAX_FRAME_BYTES", 1 << 16)
     with listening(world.key) as (small, heard):
         peer = context.socket(zmq.DEALER)
         keys.secure_client(peer, world.key)
@@ -266,7 +271,7 @@ def test_half_open_connections_are_bounded_and_do_not_stay(
     monkeypatch: pytest.MonkeyPatch, strangers: contextlib.ExitStack, says: str
 ) -> None:
     monkeypatch.setattr(keys, "_HANDSHAKE", 1_500)
-    monkeypatch.setattr(sockets, "MAX_CONNECTIONS", 100)
+    monkeypatch.setattr(router, "MAX_CONNECTIONS", 100)
     key = made_key()
     with listening(key) as (listener, heard):
         world = World(listener, heard, key)
@@ -283,8 +288,8 @@ def test_half_open_connections_are_bounded_and_do_not_stay(
                 if number % 20 == 0:
                     world.listener.poll(0.0)
                     world.good.poll(0.0)
+                    assert listener.connections <= 100
             world.is_served()
-            world.turn(lambda: world.listener.connections <= 101)
             # Those of the strangers themselves are in this process, too.
             assert open_files() - before - len(held) < 150
             with dialling(listener.address, key, "another") as (another, at_another):
@@ -305,8 +310,8 @@ def test_half_open_connections_are_bounded_and_do_not_stay(
 def test_holders_of_the_key_that_do_not_join_are_bounded_and_do_not_stay(
     monkeypatch: pytest.MonkeyPatch, world: World, context: zmq.Context
 ) -> None:
-    monkeypatch.setattr(sockets, "MAX_CONNECTIONS", 30)
-    monkeypatch.setattr(sockets, "UNJOINED_TIME", 3.0)
+    monkeypatch.setattr(router, "MAX_CONNECTIONS", 30)
+    monkeypatch.setattr(router, "UNJOINED_TIME", 3.0)
     peers = [raw(context, world) for _ in range(100)]
     world.turn(lambda: world.listener.connections > 20)
     world.is_served()
@@ -338,6 +343,39 @@ def test_a_flood_of_connections_leaves_the_good_one_undisturbed(world: World) ->
     finally:
         over.set()
         thread.join()
+    world.turn(lambda: world.listener.connections == 1)
+    world.is_served()
+
+
+def test_a_flood_of_garbage_of_a_holder_of_the_key_costs_no_memory(world: World) -> None:
+    over = threading.Event()
+    sent = [0]
+
+    def flood() -> None:
+        context = zmq.Context()
+        while not over.is_set():
+            peer = raw(context, world)
+            peer.setsockopt(zmq.SNDTIMEO, 100)
+            peer.setsockopt(zmq.LINGER, 0)
+            for _ in range(200):
+                with contextlib.suppress(zmq.Again):
+                    peer.send(bytes(1 << 18))
+                    sent[0] += 1 << 18
+            peer.close()
+        context.term()
+
+    before = resident()
+    thread = threading.Thread(target=flood)
+    thread.start()
+    try:
+        world.turn(lambda: sent[0] > 512 << 20)
+        for _ in range(20):
+            world.is_served()
+    finally:
+        over.set()
+        thread.join()
+    # The flood's own sockets are in this process, too.
+    assert resident() - before < 256 << 20
     world.turn(lambda: world.listener.connections == 1)
     world.is_served()
 

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import msgspec
 import pytest
 from cluster_world import READY, SAME
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_kevlar.control import session as session_module
@@ -365,3 +365,43 @@ def test_unread_bytes_are_bounded_and_counted(sends: list[tuple[int, int]]) -> N
             seen = min(len(sizes), seen + taken)
             assert link.on_beat(Beat(session="s", number=0, seen=seen)) is None
             assert link._unseen_bytes == sum(sizes[seen:]) <= 100
+
+
+_SENDERS = st.sampled_from([b"A", b"B", b"C"])
+_SESSIONS = st.sampled_from(["i-1", "i-2", "j-1"])
+_NUMBERS = st.integers(0, 2)
+_MESSAGES = st.one_of(
+    st.builds(join, session=_SESSIONS, name=st.sampled_from(["g", "h"]), instance=st.sampled_from(["i", "j"])),
+    st.builds(Outputs, session=_SESSIONS, number=_NUMBERS, epoch=st.just(1), payload=st.just(b"x")),
+    st.builds(State, session=_SESSIONS, number=_NUMBERS, state=st.just(READY)),
+    st.builds(Beat, session=_SESSIONS, number=_NUMBERS, seen=_NUMBERS),
+    st.builds(Leave, session=_SESSIONS, number=_NUMBERS, reason=st.just("")),
+    st.builds(Over, session=_SESSIONS, reason=st.just("")),
+)
+
+
+@given(st.lists(st.one_of(st.tuples(_SENDERS, _MESSAGES), _SENDERS, st.just(30), _SESSIONS), max_size=40))
+@settings(max_examples=300)
+def test_whatever_comes_a_session_ends_once_and_is_silent_after_it(steps: list[Any]) -> None:
+    sessions, live, now = table(), dict[str, str](), 0.0
+    for step in steps:
+        if isinstance(step, tuple):
+            effects = sessions.on_message(*step, now)
+        elif isinstance(step, bytes):
+            effects = sessions.on_closed(step, "closed", now)
+        elif isinstance(step, str):
+            effects = sessions.requests(step, 1, b"x", now)
+        else:
+            effects = []
+            for _ in range(step):
+                now += 0.05
+                effects += sessions.tick(now)
+        for effect in effects:
+            if isinstance(effect, Joined):
+                assert effect.session not in live and effect.identity.name not in live.values()
+                live[effect.session] = effect.identity.name
+            elif isinstance(effect, Ended):
+                del live[effect.session]
+            elif isinstance(effect, StateChanged | OutputsArrived | Suspect | Trusted):
+                assert effect.session in live
+        assert {end.session for end in sessions} == set(live)

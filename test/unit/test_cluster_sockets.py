@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 from cluster_world import LEASE, SAME, dialling, eventually, listening, made_key, sessions, turn
 
-from sglang_kevlar.cluster import sockets
+from sglang_kevlar.cluster import router as router_module
 from sglang_kevlar.cluster.keys import ClusterKey, KeyProblem
 from sglang_kevlar.cluster.listener import Listener
-from sglang_kevlar.cluster.sockets import Router, split_address
+from sglang_kevlar.cluster.router import Router
+from sglang_kevlar.cluster.sockets import split_address
 from sglang_kevlar.control.session import (
     Admitted,
     Ended,
@@ -224,7 +225,7 @@ def test_a_frontend_that_is_not_there_yet_is_joined_when_it_is() -> None:
 def test_a_group_that_does_not_read_is_given_up_and_nothing_waits(
     monkeypatch: pytest.MonkeyPatch, peers: list[subprocess.Popen[bytes]]
 ) -> None:
-    monkeypatch.setattr(sockets, "SEND_HWM", 50)
+    monkeypatch.setattr(router_module, "SEND_HWM", 50)
     with listening(None, lease=500.0) as (listener, heard):
         pid = start(peers, listener, "group")
         turn(listener, until=lambda: heard.of(Joined))

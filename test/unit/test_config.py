@@ -73,6 +73,10 @@ def test_every_setting_has_a_flag_with_help_and_survives_json():
         (["--standby-groups", "2"], "--standby-groups"),
         (["--standby-groups", "-1"], "--standby-groups"),
         (["--hold-queue", "-1"], "--hold-queue"),
+        (["--stream-retention", "0"], "--stream-retention"),
+        (["--stream-retention", "inf"], "--stream-retention"),
+        (["--stream-memory", "0"], "--stream-memory"),
+        (["--stream-memory", "1.5"], "--stream-memory"),
         (["--hang-timeout", "0"], "--hang-timeout"),
         (["--hang-timeout", "nan"], "--hang-timeout"),
         (["--start-timeout", "inf"], "--start-timeout"),
@@ -83,6 +87,12 @@ def test_every_setting_has_a_flag_with_help_and_survives_json():
         (["--run-dir", "/" + "x" * 100], "--run-dir"),
         (["--run-dir", ""], "--run-dir"),
         (["--shadow-transport", "pigeon"], "--shadow-transport"),
+        (["--listen", "nowhere"], "--listen"),
+        (["--listen", "10.0.0.1:1000"], "--listen"),
+        (["--listen", "127.0.0.1:1000", "--cluster-key-file", "/none"], "--cluster-key-file"),
+        (["--lease", "0.1"], "--lease"),
+        (["--host-label", "a/b"], "--host-label"),
+        (["--listen", "127.0.0.1:1000", "--worker-groups", "0", "--standby-groups", "1"], "--standby-groups"),
     ],
 )
 def test_a_bad_value_exits_2_and_names_the_flag(argv, flag, capsys):
@@ -91,6 +101,11 @@ def test_a_bad_value_exits_2_and_names_the_flag(argv, flag, capsys):
     assert exit_.value.code == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert f"argument {flag}:" in error
+
+
+def test_all_groups_may_be_on_other_hosts_where_they_can_join():
+    args, _ = config.split_args(["--worker-groups", "0", "--listen", "[::1]:1000"])
+    assert (args.worker_groups, args.listen) == (0, "[::1]:1000")
 
 
 def test_config_imports_nothing_heavy():

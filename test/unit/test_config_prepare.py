@@ -12,6 +12,7 @@ from typing import NamedTuple
 import msgspec
 import pytest
 
+from sglang_kevlar.cluster import keys
 from sglang_kevlar.launcher import prepare
 from sglang_kevlar.protocol.launch import EXIT_CONFIG, KevlarArgs, LaunchPlan, Paths
 
@@ -174,6 +175,22 @@ def test_a_port_in_use_is_found_before_anything_starts():
 def test_a_port_that_cannot_be(port):
     with pytest.raises(prepare.LaunchRefused, match=f"--port {port}"):
         prepare._check_port("127.0.0.1", port)
+
+
+def test_an_address_for_others_needs_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(keys.ENVIRONMENT, raising=False)
+    for args in (KevlarArgs(), KevlarArgs(advertise="127.0.0.1")):
+        prepare._check_shadow(args)
+    with pytest.raises(prepare.LaunchRefused, match=r"--advertise 10\.0\.0\.1: .*--cluster-key-file"):
+        prepare._check_shadow(KevlarArgs(advertise="10.0.0.1"))
+    file = tmp_path / "key"
+    with pytest.raises(prepare.LaunchRefused, match="cannot read the cluster key"):
+        prepare._check_shadow(KevlarArgs(cluster_key_file=str(file)))
+    file.touch(0o600)
+    file.write_text(keys.generate())
+    prepare._check_shadow(KevlarArgs(advertise="10.0.0.1", cluster_key_file=str(file)))
+    monkeypatch.setenv(keys.ENVIRONMENT, file.read_text())
+    prepare._check_shadow(KevlarArgs(advertise="10.0.0.1"))
 
 
 def assign(groups, ranks, base=0, step=1, available=8):

@@ -11,8 +11,8 @@ from frontend_fakes import (
     AbortReq,
 )
 from sglang_kevlar.control.membership import GroupReady, GroupTrusted
-from sglang_kevlar.frontend import failover as failover_module
 from sglang_kevlar.frontend.outcome import RequestOutcome
+from sglang_kevlar.frontend.requests import RETRY_AFTER
 from sglang_kevlar.protocol.launch import KevlarArgs
 
 # ---- holding
@@ -27,7 +27,7 @@ def test_a_full_hold_queue_refuses_after_the_call():
         assert not w.aborted  # upstream is not done with the request yet
         await asyncio.sleep(0)
         assert w.refusals() == {"c": "queue_full"}
-        assert (outcome.failure.status, outcome.failure.retry_after) == (503, failover_module.RETRY_AFTER)
+        assert (outcome.failure.status, outcome.failure.retry_after) == (503, RETRY_AFTER)
         assert "c" in outcome.failure.message and len(w.actor.hold) == 2
 
     play(script)

@@ -8,7 +8,7 @@ from typing import Any
 from actor_world import World, play
 
 from frontend_fakes import AbortReq, str_batch, tokenized
-from sglang_kevlar.frontend.failover import GIVEN_AT_ONCE, REQUEST_COST
+from sglang_kevlar.frontend.requests import GIVEN_AT_ONCE, REQUEST_COST
 from sglang_kevlar.protocol.launch import KevlarArgs
 
 MANY = 3 * GIVEN_AT_ONCE // REQUEST_COST

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from sglang_kevlar.frontend.kept.registry import KeptRuns
 from sglang_kevlar.frontend.middleware import HOLD_MESSAGES, OutcomeMiddleware, install
 from sglang_kevlar.frontend.outcome import Failure, outcome_of
 
@@ -325,4 +326,4 @@ def test_install_names_the_endpoint_that_moved() -> None:
     from fastapi import FastAPI
 
     with pytest.raises(RuntimeError, match="anthropic_v1_messages"):
-        install(FastAPI())
+        install(FastAPI(), KeptRuns(60, 1 << 20))

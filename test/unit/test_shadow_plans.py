@@ -22,6 +22,10 @@ class Channel:
     group: int
     epoch: int
     place: Place
+    ours: bool = True
+
+    def tells_plans(self) -> bool:
+        return self.ours
 
 
 def channel(group: int, epoch: int, active: int = ACTIVE) -> Channel:
@@ -150,3 +154,12 @@ def test_with_tcp_for_all_those_of_this_launch_are_told_that_too():
     channels = [Channel(group, 1, Place(str(group), endpoints=(f"tcp://a:{group}",))) for group in range(2)]
     news = {who.group: plan.target for who, plan in plans.news(channels, [], "w")}
     assert news == {0: ShadowTarget("1", 1, ["tcp://a:1"]), 1: ShadowTarget("0", 1, ["tcp://a:0"])}
+
+
+def test_a_group_that_another_frontend_tells_is_told_once_it_is_ours() -> None:
+    plans = plans_of()
+    here, shared = channel(0, 1), Channel(1, 1, Place("x", local=False, endpoints=("tcp://x:1",)), ours=False)
+    news = plans.news([here, shared], [], "w")
+    assert [(who.group, plan.target.name) for who, plan in news] == [(0, "x")], "its store may be a target all the same"
+    ours = Channel(1, 1, shared.place)
+    assert [who.group for who, _ in plans.news([here, ours], [], "w")] == [1]

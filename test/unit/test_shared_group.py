@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Coroutine
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -14,12 +15,12 @@ from cluster_world import SAME
 from frontend_fakes import AbortReq, plan, str_batch, tokenized
 from sglang_kevlar.cluster import shared_group
 from sglang_kevlar.cluster.shared_group import SharedGroup
-from sglang_kevlar.control.membership import GroupKill, GroupLost, GroupReady
+from sglang_kevlar.control.membership import GroupChanged, GroupKill, GroupLost, GroupReady
 from sglang_kevlar.frontend.channels import CannotSend
 from sglang_kevlar.frontend.session_channel import SessionChannel
 from sglang_kevlar.frontend.sessions import GroupSessions
-from sglang_kevlar.launcher.join import ask
-from sglang_kevlar.protocol.cluster import GroupState
+from sglang_kevlar.launcher.join import JoinRefused, ask
+from sglang_kevlar.protocol.cluster import Ask, GroupState
 from sglang_kevlar.protocol.launch import JoinArgs, KevlarArgs, LaunchPlan, Paths
 from sglang_kevlar.worker.resume import ShadowPlanReq, StartedReqOutput
 
@@ -231,6 +232,7 @@ def test_only_the_first_changes_the_group_and_reads_go_to_those_who_asked(play) 
         assert (await arrived(w.first)).success
         w.first.sessions.close()
         await w.until(lambda: w.may_change(w.second), "the next is the first")
+        assert w.second.of(GroupChanged), "its actor has plans to tell now"
 
     play(script)
 
@@ -305,7 +307,7 @@ def test_what_cannot_travel_is_refused_and_the_session_stays(play) -> None:
 def test_a_payload_that_is_none_ends_the_session_and_the_next_is_tried(play) -> None:
     async def script(w: World) -> None:
         session = w.first.sessions.table.groups[0].session
-        w.first.sessions._current().requests(session, 1, b"garbage")
+        w.first.sessions.listener.requests(session, 1, b"garbage")
         await w.until(lambda: bool(w.first.of(GroupLost)), "over")
         await w.until(lambda: len(w.first.of(GroupReady)) == 2, "joined again")
         w.shared._ways[0].outputs(1, b"garbage")
@@ -316,14 +318,15 @@ def test_a_payload_that_is_none_ends_the_session_and_the_next_is_tried(play) -> 
     play(script)
 
 
-def test_whoever_differs_is_refused_and_one_that_fits_suffices(play) -> None:
+@pytest.mark.parametrize(("field", "here"), [("model_digest", "abc"), ("version", "0.1.0"), ("upstream", "0.5.21")])
+def test_whoever_differs_is_refused_and_one_that_fits_suffices(play, field, here) -> None:
     async def script(w: World) -> None:
         w.second.sessions.close()
-        w.second = Frontend(w.addresses[1], "C", model_digest="other")
+        w.second = Frontend(w.addresses[1], "C", **{field: "other"})
         w.second.sessions.start()
         await w.until(lambda: bool(w.shared.refused), "refused")
         (reason,) = w.shared.refused.values()
-        assert "model_digest: 'other' here, 'abc' there" in reason and not w.shared.refused_by_all
+        assert f"{field}: 'other' here, '{here}' there" in reason and not w.shared.is_refused
 
     play(script)
 
@@ -332,5 +335,15 @@ def test_a_group_asks_with_what_to_start(play) -> None:
     async def script(w: World) -> None:
         setup = await asyncio.to_thread(ask, [f"127.0.0.1:{free_port()}", w.addresses[0]], None)
         assert setup.argv == ["--device", "cpu"] and setup.kevlar["lease"] == 1.0
+
+    play(script)
+
+
+def test_a_group_that_speaks_another_version_is_told_so_before_it_starts(play, monkeypatch) -> None:
+    monkeypatch.setattr("sglang_kevlar.launcher.join.Ask", partial(Ask, version=2))
+
+    async def script(w: World) -> None:
+        with pytest.raises(JoinRefused, match="this frontend speaks version 1 of the cluster's protocol, the group 2"):
+            await asyncio.to_thread(ask, w.addresses, None)
 
     play(script)

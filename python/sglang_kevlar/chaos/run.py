@@ -77,6 +77,10 @@ class Run:
 
     def _processes(self, status: Status) -> Processes:
         """Raises NotHere, CannotRun."""
+        if elsewhere := [group.name for group in status.groups if group.link != "local"]:
+            raise CannotRun(
+                f"worker groups of other hosts have joined ({', '.join(elsewhere)}); faults reach this host only"
+            )
         supervisors = [group.pids.supervisor for group in status.groups if group.pids.supervisor is not None]
         if not supervisors:
             raise NotHere("no group has a supervisor just now; is the server still starting?")

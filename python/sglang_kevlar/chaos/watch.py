@@ -40,6 +40,9 @@ class Group(msgspec.Struct):
     queued: int = 0
     cause: str = ""
     shadow: _Shadow | None = None
+    name: str = ""
+    #: "local": on the server's host
+    link: str = "local"
 
     @property
     def serves(self) -> bool:

@@ -53,6 +53,9 @@ def of(server_args: ServerArgs) -> Configuration:
     """Of a launch whose arguments are resolved. Raises OSError when the model's files cannot be read."""
     view = resolving_view(server_args)
     model = model_config_of(server_args)
+    other = _flags(lambda name: getattr(view, name))
+    if view.tokenizer_path not in (None, server_args.model_path):
+        other["tokenizer"] = _digest(view.tokenizer_path, server_args.revision, model)
     adapters = {ref.lora_name: ref.lora_id for ref in view.lora_paths or ()}
     return Configuration(
         version=__version__,
@@ -66,7 +69,7 @@ def of(server_args: ServerArgs) -> Configuration:
         kv_cache_dtype=view.kv_cache_dtype,
         page_size=view.page_size or 1,
         context_length=model.context_len,
-        other=_flags(lambda name: getattr(view, name)) | ({"lora_paths": clip(repr(adapters))} if adapters else {}),
+        other=other | ({"lora_paths": clip(repr(adapters))} if adapters else {}),
     )
 
 

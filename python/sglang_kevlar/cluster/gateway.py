@@ -51,7 +51,7 @@ async def serve(plan: LaunchPlan, paths: Paths, status: StatusWriter) -> None:
             shared.tick()
             if shared.group.failed.done():
                 shared.group.failed.result()
-            if shared.refused_by_all:
+            if shared.is_refused:
                 raise Refused("; ".join(f"{at}: {why}" for at, why in shared.refused.items()))
             try:
                 async with asyncio.timeout(TICK):

@@ -9,7 +9,8 @@ from collections.abc import Callable
 
 from sglang_kevlar.cluster.driver import Driver, RareLog
 from sglang_kevlar.cluster.keys import ClusterKey
-from sglang_kevlar.cluster.sockets import Closed, Connected, Frame, Router
+from sglang_kevlar.cluster.router import Router
+from sglang_kevlar.cluster.sockets import Closed, Connected, Frame
 from sglang_kevlar.control.frontend_end import Sessions
 from sglang_kevlar.control.session import TICK, Dial, Effect, Event, HangUp, Joined, Send
 from sglang_kevlar.protocol.cluster import BadFrame, Refused, decode, encode, from_group, version_of

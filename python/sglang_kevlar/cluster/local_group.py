@@ -154,6 +154,8 @@ class LocalGroup:
             await channel.arrival()
             if not channel.closed:
                 self._on_message(channel.epoch, channel.take())
+            # A message that is already there does not suspend: let the others of this loop run.
+            await asyncio.sleep(0)
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)

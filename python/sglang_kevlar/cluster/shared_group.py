@@ -56,6 +56,7 @@ class SharedGroup:
         self._owners = Owners()
         #: names of the frontends with a session
         self._joined: dict[int, str] = {}
+        self._was_joined = False
         #: who made the changes that are in effect, and who asked last for something that only one may ask for
         self._changed_by: str | None = None
         self._controller: int | None = None
@@ -64,7 +65,8 @@ class SharedGroup:
         self._stated: dict[int, tuple[GroupState, float]] = {}
         identity = Identity(name=plan.join.name, host=plan.join.host, instance=instance)
         now = time.monotonic()
-        ends = [GroupEnd(identity, plan.configuration, self.group.state(), now) for _ in plan.join.frontends]
+        state, frontends = self.group.state(), range(len(plan.join.frontends))
+        ends = [GroupEnd(identity, plan.configuration, state, now, number) for number in frontends]
         self._ways = [
             Dialler(address, key, end, partial(self._on_session, number))
             for number, (address, end) in enumerate(zip(plan.join.frontends, ends, strict=True))
@@ -83,8 +85,10 @@ class SharedGroup:
         self.group.close()
 
     @property
-    def refused_by_all(self) -> bool:
-        return not self._joined and len(self.refused) > 0
+    def is_refused(self) -> bool:
+        """No try will go better. Of a group that was joined, which one of its frontends may come back to, all must
+        have said so."""
+        return len(self.refused) == len(self._ways) or (len(self.refused) > 0 and not self._was_joined)
 
     # ---- state ---------------------------------------------------------------------------------------------------
 
@@ -104,12 +108,13 @@ class SharedGroup:
             self._epoch, self._changed_by = state.epoch, None
         if state.phase != "ready":
             self._owners.clear()
-        for number in self._joined:
+        # Also those that are not joined: a join begins with it.
+        for number in range(len(self._ways)):
             self._state(number, state, now)
 
     def _state(self, number: int, state: GroupState, now: float) -> None:
-        state = msgspec.structs.replace(state, primary=number == min(self._joined))
-        if self._changed_by not in (None, self._joined[number]) and state.phase == "ready":
+        state = msgspec.structs.replace(state, primary=number == min({*self._joined, number}))
+        if self._changed_by not in (None, self._joined.get(number)) and state.phase == "ready":
             why = "its weights or adapters were changed at run time, by a server that is not this one"
             state = msgspec.structs.replace(state, phase="down", kind="unfit", cause=why, init_info=None)
         said, at = self._stated.get(number, (None, 0.0))
@@ -128,7 +133,7 @@ class SharedGroup:
         elif isinstance(event, Admitted):
             logger.info("joined the frontend at %s", self._ways[number].address)
             self._joined[number] = event.frontend
-            self._stated.pop(number, None)
+            self._was_joined = True
             self._on_change()
         elif isinstance(event, Ended):
             logger.warning("the session with %s ended: %s: %s", self._ways[number].address, event.kind, event.reason)

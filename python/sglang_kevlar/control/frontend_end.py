@@ -32,6 +32,7 @@ from sglang_kevlar.protocol.cluster import (
     Configuration,
     FromGroup,
     GroupState,
+    Identity,
     Join,
     Kill,
     Leave,
@@ -147,8 +148,17 @@ class Sessions:
     Methods that speak of a session that is over, or never was, do nothing: that it ended is already said.
     """
 
-    def __init__(self, frontend: str, configuration: Configuration, lease: float, setup: Setup | None = None) -> None:
+    def __init__(
+        self,
+        frontend: str,
+        configuration: Configuration,
+        lease: float,
+        setup: Setup | None = None,
+        identity: Identity | None = None,
+    ) -> None:
+        """``identity``: of a frontend that other frontends join."""
         self.frontend = frontend
+        self.identity = identity
         self.configuration = configuration
         #: what those are told that ask before they start
         self.setup = setup
@@ -157,7 +167,7 @@ class Sessions:
         self.closed: tuple[str, float | None] | None = None
         self._by_sender: dict[bytes, FrontendEnd] = {}
         self._by_session: dict[str, FrontendEnd] = {}
-        self._by_name: dict[str, FrontendEnd] = {}
+        self._by_name: dict[tuple[str, str], FrontendEnd] = {}
 
     def __len__(self) -> int:
         return len(self._by_sender)
@@ -242,6 +252,8 @@ class Sessions:
 
     def _join(self, sender: bytes, join: Join, now: float) -> list[Effect]:
         identity, effects = join.identity, list[Effect]()
+        if identity.kind == "frontend" and self.identity is None:
+            return _refused(sender, join.session, "no --peers here, or it does not serve yet", RETRY)
         if join.version != CLUSTER_VERSION:
             return _refused(sender, join.session, _other_version(join.version), None)
         if self.closed is not None:
@@ -253,13 +265,13 @@ class Sessions:
                 f"the frontend (here) and the group (there) differ: {'; '.join(differences)}",
                 None,
             )
-        namesake = self._by_name.get(identity.name)
+        name = (identity.kind, identity.name)
+        namesake = self._by_name.get(name)
         if namesake is not None:
             if namesake.identity.instance != identity.instance:
                 host = namesake.identity.host
-                reason = (
-                    f"a group named {identity.name} is joined already, from host {host}; give this one another --name"
-                )
+                taken = f"a {identity.kind} named {identity.name} is joined already, from host {host}"
+                reason = f"{taken}; give this one another name"
                 return _refused(sender, join.session, reason, RETRY)
             effects += self._settle(namesake, namesake.end("replaced", "its group has joined again", now))
         if join.session in self._by_session:
@@ -267,13 +279,14 @@ class Sessions:
         if len(self) >= MAX_GROUPS:
             return [*effects, *_refused(sender, join.session, f"{MAX_GROUPS} groups are joined, the most", RETRY)]
         end = FrontendEnd(sender, join, self.lease, now)
-        self._by_sender[sender] = self._by_session[join.session] = self._by_name[identity.name] = end
-        welcome = Welcome(session=join.session, frontend=self.frontend, lease=self.lease)
+        self._by_sender[sender] = self._by_session[join.session] = self._by_name[name] = end
+        welcome = Welcome(session=join.session, frontend=self.frontend, lease=self.lease, identity=self.identity)
         return [*effects, Send(sender, welcome), Joined(join.session, identity, join.state)]
 
     def _settle(self, end: FrontendEnd, effects: list[Effect]) -> list[Effect]:
         if end.over:
-            del self._by_sender[end.sender], self._by_session[end.session], self._by_name[end.identity.name]
+            del self._by_sender[end.sender], self._by_session[end.session]
+            del self._by_name[end.identity.kind, end.identity.name]
         return effects
 
 

@@ -204,7 +204,7 @@ class GroupEnd:
             self._joined_at = now
             self._link = Link(self.session, message.lease, now)
             self.reason = ""
-            return [Admitted(self.session, message.frontend, message.lease), *self._state(now)]
+            return [Admitted(self.session, message.frontend, message.lease, message.identity), *self._state(now)]
         if isinstance(message, Refused):
             if message.retry_s is None:
                 self._enter("closed")

@@ -12,6 +12,7 @@ from typing import Literal
 from sglang_kevlar.control.detection import EpochWatch, Loss
 from sglang_kevlar.control.membership import (
     Event,
+    GroupChanged,
     GroupKill,
     GroupLost,
     GroupReady,
@@ -57,8 +58,8 @@ class JoinedGroup:
         self.errors: EpochWatch | None = None
         self.away_since: float | None = None
 
-    def may_change(self) -> bool:
-        """Whether it takes changes from this frontend."""
+    def is_primary(self) -> bool:
+        """Whether it takes changes, and plans of its shadow, from this frontend."""
         return self.state is not None and self.state.primary
 
     @property
@@ -179,6 +180,7 @@ class JoinedGroups:
             self._ids[g.name] = (g.id, g.epoch)
             g.stage, g.kill, g.suspicions = "starting", None, ()
             g.errors = EpochWatch(self._args, now)
+        before = g.is_primary()
         g.state, g.role = state, state.role
         if state.phase in ("down", "stopped"):
             cause = state.cause or "reported down"
@@ -193,6 +195,8 @@ class JoinedGroups:
             events.append(GroupReady(g.id, g.epoch, state.init_info or {}, state.shadow_endpoints))
         elif state.phase == "starting":
             g.cause = state.cause
+        elif g.stage == "ready" and before != g.is_primary():
+            events.append(GroupChanged(g.id, g.epoch))
         return events + self._suspect(g)
 
     def _suspect(self, g: JoinedGroup) -> list[Event]:

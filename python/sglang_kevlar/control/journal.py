@@ -162,6 +162,19 @@ class Journal:
             entry.deaths_without_progress.clear()
             entry.intake_deaths.clear()
 
+    def take_over(self, entry: Entry, tokens: list[int] | array[int], cached_tokens: int) -> None:
+        """``tokens`` were given to its client by another frontend, which was lost. It is on no group yet."""
+        assert self._entries.get(entry.rid) is entry and entry.attempt is None
+        if not entry.delivered:
+            entry.cached_tokens = cached_tokens
+        entry.delivered.extend(tokens)
+        entry.input_logprobs_sent = True
+
+    def go_on(self, entry: Entry) -> None:
+        """All that was given to its client has been taken over: from here on it is a request that was moved."""
+        assert self._entries.get(entry.rid) is entry and entry.attempt is None
+        entry.redirects += bool(entry.delivered)
+
     def close(self, rid: str) -> Entry | None:
         """The request ended, however. None when it was not open (a second end of the same request)."""
         entry = self._entries.pop(rid, None)

@@ -52,6 +52,13 @@ class GroupTrusted(msgspec.Struct, frozen=True):
     epoch: int
 
 
+class GroupChanged(msgspec.Struct, frozen=True):
+    """What it may be told by this frontend is other than before."""
+
+    group: int
+    epoch: int
+
+
 class GroupKill(msgspec.Struct, frozen=True):
     """The epoch is fenced but may have live processes. Repeated as long as it keeps reporting."""
 
@@ -63,7 +70,7 @@ class GroupKill(msgspec.Struct, frozen=True):
     planned: bool = False
 
 
-Event = GroupReady | GroupLost | GroupSuspect | GroupTrusted | GroupKill
+Event = GroupReady | GroupLost | GroupSuspect | GroupTrusted | GroupChanged | GroupKill
 
 
 class Group:

@@ -71,6 +71,7 @@ class Admitted:
     session: str
     frontend: str
     lease: float
+    identity: Identity | None = None
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,10 @@ class Channel:
         """Raises ChannelFull when the group does not read, CannotSend. After `close` nothing is sent."""
         raise NotImplementedError
 
+    def tells_plans(self) -> bool:
+        """Whether this frontend is the one that tells the group who keeps its shadow."""
+        return True
+
     def refusal(self, message: Any) -> str | None:
         """Why the group cannot be asked for this, or None. To be asked before a control request goes to any."""
         return None

@@ -1,8 +1,7 @@
 """The one actor: outputs of groups and changes of membership are handled in one order, in one place.
 
-Requests enter by `submit`, leave by their last output or by `_refuse`. In between they are on one group or in the
-hold queue, and the journal knows which. Everything that changes that happens on the event loop, and whatever spans
-an await happens in a *turn*, so that nothing is redirected between two halves of a batch.
+What is in service, and where, is in `frontend.requests`. Everything that changes that happens on the event loop, and
+whatever spans an await happens in a *turn*, so that nothing is redirected between two halves of a batch.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Coroutine
 from typing import Any
 
 from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
@@ -22,15 +20,17 @@ from sglang.srt.managers.io_struct import (
     BatchTokenIDOutput,
 )
 
-from sglang_kevlar.control.admission import HoldQueue, must_wait
-from sglang_kevlar.control.journal import Entry, Journal
-from sglang_kevlar.control.membership import Event, GroupLost, GroupReady, GroupSuspect, GroupTrusted
-from sglang_kevlar.control.routing import Router
-from sglang_kevlar.frontend.channels import CannotSend, Channel, ChannelFull
+from sglang_kevlar.cluster import wire
+from sglang_kevlar.cluster.batches import cut
+from sglang_kevlar.control.journal import Entry
+from sglang_kevlar.control.membership import Event, GroupChanged, GroupLost, GroupReady, GroupSuspect, GroupTrusted
+from sglang_kevlar.frontend.channels import Channel
 from sglang_kevlar.frontend.finish_reasons import is_internal_error, is_refused_resume
 from sglang_kevlar.frontend.host import BatchOutput, Groups, Host
-from sglang_kevlar.frontend.in_flight import InFlight, TextMismatch, TokenizedRequest, not_continuable
-from sglang_kevlar.frontend.outcome import Failure, RequestOutcome
+from sglang_kevlar.frontend.in_flight import InFlight, TextMismatch
+from sglang_kevlar.frontend.kept.progress import Recorded
+from sglang_kevlar.frontend.outcome import Failure
+from sglang_kevlar.frontend.requests import Requests
 from sglang_kevlar.frontend.shadows import ShadowPlans
 from sglang_kevlar.observability.events import FailoverEvents
 from sglang_kevlar.observability.metrics import NoMetrics
@@ -41,19 +41,13 @@ logger = logging.getLogger(__name__)
 
 #: Upstream skips outputs under such an id without a word: what a fenced attempt sends is given this one.
 FENCED_RID = f"{HEALTH_CHECK_RID_PREFIX}_FENCED"
-#: seconds a client is told to wait after a 503
-RETRY_AFTER = 5
 #: seconds that a control request waits for the first group, which is there but not yet known
 FIRST_GROUP_TIMEOUT = 10.0
 #: seconds between two looks at the hold queue's deadlines
 EXPIRY_TICK = 0.25
-#: context tokens of held requests that are given to groups in one go, some milliseconds of work: then all other streams
-#: have a turn. And how many of them cost as much to send as a request does besides its own.
-GIVEN_AT_ONCE = 300_000
-REQUEST_COST = 8192
 
 
-class Failover:
+class Failover(Requests):
     def __init__(
         self,
         host: Host,
@@ -64,80 +58,14 @@ class Failover:
         events: FailoverEvents,
         metrics: NoMetrics,
     ) -> None:
-        self._args = args = plan.kevlar
-        self._host = host
-        self._groups = groups
-        self.events = events
+        super().__init__(host, groups, plan.kevlar, incarnation, events)
         self._metrics = metrics
-        self.journal = Journal(args, incarnation)
-        self.router = Router()
-        self.hold = HoldQueue(args)
-        self.channels: dict[int, Channel] = {}
-        self.requests: dict[str, InFlight] = {}
-        #: requests in flight that were moved: their answers say so
-        self.redirected: set[str] = set()
         self._shadows = ShadowPlans(plan, paths)
         self._turn = asyncio.Lock()
         self._inbox: asyncio.Queue[Event | BaseException] = asyncio.Queue()
-        self._tasks: set[asyncio.Task[None]] = set()
         self._first_serves = asyncio.Event()
-        #: more held requests are about to be given to groups
-        self._pumping = False
 
-    # ---- requests in ---------------------------------------------------------------------------------------------
-
-    def submit(
-        self, message: TokenizedRequest, outcome: RequestOutcome | None, pinned_group: int | None = None
-    ) -> None:
-        """Accept a request. Never waits; a refusal reaches the client as the request's own error.
-
-        ``pinned_group``: a health probe, for that group if it serves.
-        """
-        namesake = self.requests.get(message.rid)
-        if namesake is not None and namesake.ended:
-            self._close(namesake.entry)
-        entry = self.journal.open(
-            message.rid,
-            prompt_tokens=len(message.input_ids or ()),
-            max_new_tokens=message.sampling_params.max_new_tokens or 0,
-            not_continuable=not_continuable(message),
-        )
-        request = InFlight(entry, message, outcome, self._args.journal_interval)
-        self.requests[entry.rid] = request
-        if outcome is not None:
-            outcome.rids[entry.rid] = None
-        if pinned_group in self.router.groups:
-            self._dispatch(request, pinned_group)
-        elif self.router.groups and not must_wait(self._has_room(entry), self._degraded(), len(self.hold)):
-            self._dispatch(request, self._choose(request))
-        elif not self.hold.hold(entry.rid, time.monotonic(), redirected=False):
-            full = f"request {entry.rid}: the hold queue is full ({self._args.hold_queue} requests)"
-            failure = Failure(503, full, "queue_full", RETRY_AFTER)
-            # Later: upstream looks the request up once more after this call.
-            asyncio.get_running_loop().call_soon(self._refuse, request, failure)
-        else:
-            self.events.held(entry.rid)
-
-    def abort(self, abort: AbortReq) -> None:
-        """Abort one request, or all. One that is on no group ends here and now."""
-        if abort.abort_all:
-            for channel in [channel for channel in self.channels.values() if channel.up_to_date]:
-                self.send(channel, abort)
-            targets = list(self.requests.values())
-        else:
-            target = self.requests.get(abort.rid or "")
-            targets = [] if target is None else [target]
-        for request in targets:
-            request.abort_requested = True
-            attempt = request.entry.attempt
-            if attempt is None:
-                self.hold.remove(request.entry.rid)
-                asyncio.get_running_loop().call_soon(self._end_held, request, abort)
-            elif not abort.abort_all:
-                wire = AbortReq(
-                    rid=attempt.wire_rid, finished_reason=abort.finished_reason, abort_message=abort.abort_message
-                )
-                self.send(self.channels[attempt.group], wire)
+    # ---- the groups ----------------------------------------------------------------------------------------------
 
     async def first_group(self) -> None:
         """Right after the start of this process, wait (a little) for a group to be found."""
@@ -146,8 +74,6 @@ class Failover:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(FIRST_GROUP_TIMEOUT):
                 await self._first_serves.wait()
-
-    # ---- membership ----------------------------------------------------------------------------------------------
 
     def on_event(self, event: Event) -> None:
         """Called by the monitor, on the event loop. Acted on in order, each in its own turn."""
@@ -189,6 +115,8 @@ class Failover:
         elif isinstance(event, GroupTrusted) and current is not None:
             logger.info("worker group %d (epoch %d) is trusted again", group, epoch)
             current.suspect = False
+            self.route()
+        elif isinstance(event, GroupChanged) and current is not None:
             self.route()
         # GroupKill is the monitor's to act on.
 
@@ -316,94 +244,7 @@ class Failover:
         if not self.router.groups:
             self.events.held(entry.rid)
 
-    # ---- the hold queue ------------------------------------------------------------------------------------------
-
-    def _degraded(self) -> bool:
-        return len(self.router.groups) < self._groups.active
-
-    def _has_room(self, entry: Entry) -> bool:
-        """Whether a group can take ``entry``; an idle one takes any, or what is larger than all would wait for ever."""
-        idle = any(load.requests == 0 for load in self.router.groups.values())
-        return idle or self.router.has_room(entry.reserved_tokens)
-
-    def _pump(self) -> None:
-        """Give held requests to groups, as far as there is room for new ones; many of them in several goes."""
-        if not self._pumping and self._pump_some():
-            self._pumping = True
-            self._spawn(self._pump_rest())
-
-    async def _pump_rest(self) -> None:
-        # No turn: each go is one step, and what is left is held, as it would be without a group.
-        more = True
-        while more:
-            await asyncio.sleep(0)
-            more = self._pump_some()
-        self._pumping = False
-
-    def _pump_some(self) -> bool:
-        """Whether there are more that can be given to a group."""
-        budget = GIVEN_AT_ONCE
-        while budget > 0:
-            held = self.hold.first()
-            if held is None or not self.router.groups:
-                return False
-            request = self.requests[held.rid]
-            redirected = request.entry.redirects > 0
-            if not redirected and self._degraded() and not self._has_room(request.entry):
-                return False
-            self.hold.remove(held.rid)
-            budget -= request.entry.context_tokens + REQUEST_COST
-            refusal = self.journal.refusal(request.entry) if redirected else None
-            if refusal is None:
-                self._dispatch(request, self._choose(request, spread=redirected))
-            else:
-                self._refuse(request, Failure(500, refusal.message, refusal.kind))
-        return len(self.hold) > 0
-
-    def _expire(self) -> None:
-        for held in self.hold.expired(time.monotonic()):
-            waited = f"waited {self._args.hold_timeout:g} s for a worker group to serve it"
-            failure = Failure(503, f"request {held.rid}: {waited}", "no_group", RETRY_AFTER)
-            self._refuse(self.requests[held.rid], failure)
-        self._pump()
-
-    # ---- groups --------------------------------------------------------------------------------------------------
-
-    def _choose(self, request: InFlight, spread: bool = False) -> int:
-        heir = self.router.groups.get(-1 if request.heir is None else request.heir)
-        if heir is not None and (heir.requests == 0 or heir.fits(request.entry.reserved_tokens)):
-            assert request.heir is not None
-            return request.heir
-        group = self.router.choose(request.blocks, request.entry.reserved_tokens, spread)
-        assert group is not None, "asked only while a group serves"
-        return group
-
-    def _dispatch(self, request: InFlight, group: int) -> None:
-        entry = request.entry
-        channel = self.channels[group]
-        attempt = self.journal.begin_attempt(entry, group, channel.epoch, time.monotonic())
-        self.router.started(group, attempt.reserved_tokens, request.blocks)
-        if entry.redirects:
-            self.redirected.add(entry.rid)
-            self.events.redirected(entry.rid, group=group, epoch=channel.epoch, delivered_tokens=len(entry.delivered))
-        else:
-            self.events.dispatched(entry.rid)
-        try:
-            self.send(channel, request.for_attempt(attempt))
-        except CannotSend as reason:
-            failure = Failure(400, f"request {entry.rid}: {reason}", "invalid")
-            # Later: it may be that upstream has yet to look the request up.
-            asyncio.get_running_loop().call_soon(self._refuse, request, failure)
-
-    def send(self, channel: Channel, message: Any) -> bool:
-        """False: the group does not read its input and is given up; its requests move, this one with them."""
-        try:
-            channel.send(message)
-        except ChannelFull as full:
-            self._give_up(channel)
-            self._groups.kill(channel.group, channel.epoch, str(full))
-            return False
-        return True
+    # ---- what groups send ----------------------------------------------------------------------------------------
 
     async def _receive(self, channel: Channel) -> None:
         while not channel.closed:
@@ -439,6 +280,7 @@ class Failover:
         ended: list[Entry] = []
         mismatched: list[InFlight] = []
         refused: list[tuple[InFlight, Any]] = []
+        recorded: dict[int, InFlight] = {}
         for i, wire_rid in enumerate(batch.rids):
             entry = self.journal.accept(wire_rid, channel.group, channel.epoch)
             if entry is None:
@@ -456,12 +298,17 @@ class Failover:
                 batch.rids[i] = FENCED_RID
                 continue
             batch.rids[i] = entry.rid
+            kept = None if request.outcome is None else request.outcome.kept
+            if kept is not None and kept.is_recorded and kept.unrecordable is None:
+                recorded[i] = request
             reason = batch.finished_reasons[i]
             if reason is not None:
                 request.ended = True
                 ended.append(entry)
                 if is_internal_error(reason):
                     self._groups.on_internal_error(channel.group, channel.epoch)
+        if recorded:
+            self._record(batch, recorded)
         await self._host.deliver(batch)
         for entry in ended:
             self._close(entry)
@@ -500,48 +347,61 @@ class Failover:
             restored = entry.context_tokens - len(tokens) - request.recomputed_now
             self.events.resumed(entry.rid, request.recomputed_now, restored)
 
-    # ---- requests out --------------------------------------------------------------------------------------------
+    # ---- requests that outlive a frontend ------------------------------------------------------------------------
 
-    def _close(self, entry: Entry) -> None:
-        if self.journal.get(entry.rid) is not entry:
-            return  # already closed, and perhaps its id in use again
-        attempt = entry.attempt
-        if attempt is not None:
-            self.router.finished(attempt.group, attempt.epoch, attempt.reserved_tokens)
-        self.journal.close(entry.rid)
-        self.hold.remove(entry.rid)
-        request = self.requests.pop(entry.rid)
-        if request.outcome is not None:
-            request.outcome.rids.pop(entry.rid, None)
-        self.redirected.discard(entry.rid)
-        self.events.gone(entry.rid)
+    def _record(self, batch: BatchOutput, requests: dict[int, InFlight]) -> None:
+        """Note what of ``batch`` the outputs of these requests (by row) will be made of."""
+        owners = [row if row in requests else None for row in range(len(batch.rids))]
+        for row, message in cut(batch, owners).items():
+            outcome = requests[row].outcome
+            assert outcome is not None and outcome.kept is not None
+            try:
+                outcome.kept.messages.append(wire.encode(message))
+            except wire.NotForNetwork as problem:
+                outcome.kept.unrecordable = f"its output cannot be recorded: {problem}"
 
-    def _end_held(self, request: InFlight, abort: AbortReq) -> None:
-        self._end_aborted(request, abort)
-        self._pump()  # it may have been in the way of others
-
-    def _end_aborted(self, request: InFlight, abort: AbortReq) -> None:
-        """End a request that is on no group, as its client asked."""
-        if self.requests.get(request.entry.rid) is not request:
-            return
-        self._close(request.entry)
-        self._host.finish_aborted(
-            AbortReq(rid=request.entry.rid, finished_reason=abort.finished_reason, abort_message=abort.abort_message)
-        )
-
-    def _refuse(self, request: InFlight, failure: Failure) -> None:
-        """End a request with an error that names it. Never a silently different answer."""
-        rid = request.entry.rid
-        if self.requests.get(rid) is not request:
-            return
-        self.events.refused(rid, failure.kind, failure.message)
-        self._close(request.entry)
-        if request.outcome is not None and request.outcome.fail(failure):
-            # One sub-request of a batch or n > 1 failed, so the HTTP request has: no need for the others.
-            for sibling in list(request.outcome.rids):
-                self.abort(AbortReq(rid=sibling))
-        reason = {"type": "abort", "status_code": failure.status, "message": failure.message, "err_type": failure.kind}
-        self._host.finish_aborted(AbortReq(rid=rid, finished_reason=reason))
+    async def _go_through(self, request: InFlight, recorded: Recorded) -> None:
+        """What the frontend before us recorded of it, output by output as its endpoint takes them; then go on."""
+        rid, entry = request.entry.rid, request.entry
+        assert request.outcome is not None and request.outcome.kept is not None
+        for messages in recorded.outputs:
+            await recorded.wanted()
+            async with self._turn:
+                for message in messages:
+                    if self.requests.get(rid) is not request:
+                        return
+                    if recorded.left:
+                        self._end_aborted(request, AbortReq(rid=rid))
+                        return
+                    try:
+                        batch = _recorded_output(message)
+                    except wire.NotForNetwork as problem:
+                        why = f"request {rid}: what its frontend recorded of it cannot be used: {problem}"
+                        self._refuse(request, Failure(500, why, "not_continuable"))
+                        return
+                    batch.rids[0] = rid
+                    self.journal.take_over(entry, batch.output_ids[0], batch.cached_tokens[0])
+                    if request.outcome.kept.is_recorded:
+                        self._record(batch, {0: request})
+                    request.outcome.first_token = True
+                    request.ended = batch.finished_reasons[0] is not None
+                    await self._host.deliver(batch)
+                    if request.ended:
+                        self._close(entry)
+                        return
+        if recorded.outputs:
+            await recorded.wanted()
+        async with self._turn:
+            if self.requests.get(rid) is not request:
+                return
+            if recorded.failure is not None:
+                self._refuse(request, Failure(*recorded.failure))  # type: ignore[arg-type]
+            elif recorded.ended or recorded.left or request.abort_requested:
+                self._end_aborted(request, AbortReq(rid=rid))
+            else:
+                self.journal.go_on(entry)
+                self.hold.hold(rid, time.monotonic(), redirected=True)
+                self._pump()
 
     def close(self) -> None:
         """At shutdown, when nothing is in flight any more."""
@@ -551,13 +411,16 @@ class Failover:
         for channel in self.channels.values():
             channel.close()
 
-    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._task_done)
-
     def _task_done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             # State may be half changed: end this frontend; the launcher starts one that finds its groups running.
             self._inbox.put_nowait(error)
+
+
+def _recorded_output(message: bytes) -> BatchStrOutput | BatchTokenIDOutput:
+    """Raises NotForNetwork."""
+    batch = wire.decode_answer(message)
+    if not isinstance(batch, BatchStrOutput | BatchTokenIDOutput) or len(batch.rids) != 1:
+        raise wire.NotForNetwork(f"{type(batch).__name__} is not the output of one request")
+    return batch

@@ -13,20 +13,23 @@ from sglang_kevlar.frontend.channels import Channel, GroupChannel
 from sglang_kevlar.frontend.monitor import GroupMonitor
 from sglang_kevlar.frontend.sessions import GroupSessions
 from sglang_kevlar.frontend.shadow_status import ShadowReader, gauges
+from sglang_kevlar.protocol.cluster import Identity
 from sglang_kevlar.protocol.launch import LaunchPlan, Paths
 
 
 class WorkerGroups:
     """``start`` and everything after it is to be called on the event loop's thread."""
 
-    def __init__(self, plan: LaunchPlan, paths: Paths, on_event: Callable[[Event], None]) -> None:
+    def __init__(
+        self, plan: LaunchPlan, paths: Paths, on_event: Callable[[Event], None], identity: Identity | None = None
+    ) -> None:
         self._paths = paths
         self._host = plan.kevlar.host_label or ""
         self._local = plan.kevlar.worker_groups
         self._local_active = plan.kevlar.worker_groups - plan.kevlar.standby_groups
         self.monitor = GroupMonitor(paths, plan.kevlar, on_event)
         #: None: nobody can join
-        self.sessions = GroupSessions(plan, on_event) if plan.kevlar.listen is not None else None
+        self.sessions = GroupSessions(plan, on_event, identity) if plan.kevlar.listen is not None else None
         self._shadows = ShadowReader(plan, paths)
         self._context = zmq.asyncio.Context()
 

@@ -74,11 +74,13 @@ def serve(plan: LaunchPlan, paths: Paths, server_args: ServerArgs, on_ready: Cal
 
     from sglang_kevlar.frontend import endpoints, middleware
     from sglang_kevlar.frontend.groups_engine import GroupsEngine
+    from sglang_kevlar.frontend.kept import endpoints as kept_endpoints
 
     manager, templates, port_args, init_result, watchdog = GroupsEngine.launch(server_args, plan, paths)
-    app = http_server.app
-    middleware.install(app)
+    app = manager.app = http_server.app
+    middleware.install(app, manager.kept)
     endpoints.install(app, manager, http_server.HEALTH_CHECK_TIMEOUT)
+    kept_endpoints.install(app, manager.kept)
     upstream_lifespan = app.router.lifespan_context
 
     @contextlib.asynccontextmanager
@@ -87,6 +89,8 @@ def serve(plan: LaunchPlan, paths: Paths, server_args: ServerArgs, on_ready: Cal
         manager.auto_create_handle_loop()
         async with upstream_lifespan(app) as state:
             yield state
+        if manager.peers is not None:
+            await manager.peers.close()
 
     app.router.lifespan_context = lifespan
     http_server._setup_and_run_http_server(

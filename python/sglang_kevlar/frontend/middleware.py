@@ -21,7 +21,9 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sglang_kevlar.frontend.framing import FRAMING_OF_ENDPOINT, OPENAI_ENDPOINTS, error_body, error_event, framing_of
-from sglang_kevlar.frontend.outcome import SCOPE_KEY, RequestOutcome
+from sglang_kevlar.frontend.kept.middleware import KeptMiddleware
+from sglang_kevlar.frontend.kept.registry import KeptRuns
+from sglang_kevlar.frontend.outcome import OFFSET_KEY, SCOPE_KEY, RequestOutcome
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +45,8 @@ class OutcomeMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        outcome = RequestOutcome()
-        scope[SCOPE_KEY] = outcome
+        # A kept request comes with its own.
+        outcome = scope.setdefault(SCOPE_KEY, RequestOutcome())
         response = _GuardedResponse(scope, outcome, send)
         try:
             await self.app(scope, receive, response.send)
@@ -98,6 +100,9 @@ class _GuardedResponse:
                 self._last = message.get("body", b"")
                 self._first = self._first or self._last
             self._complete = not message.get("more_body", False)
+            if outcome.kept is not None:
+                # It may be held back while there is a further output.
+                message[OFFSET_KEY] = outcome.kept.offset
         if outcome.delivered:
             await self._send(message)
             return
@@ -156,15 +161,18 @@ def _is_stream(start: Message) -> bool:
     return False
 
 
-def install(app: Any) -> None:
+def install(app: Any, kept: KeptRuns) -> None:
     """Puts the middleware innermost, so that CORS headers, keys and upstream's metrics see its responses.
 
+    Around it, what keeps requests: a kept response is one whose failures are as clients expect them.
     Before the app serves. Raises RuntimeError, naming it, when an endpoint whose framing we know is not there.
     """
-    names = {getattr(route, "name", "") for route in app.router.routes}
-    missing = sorted({*FRAMING_OF_ENDPOINT, *OPENAI_ENDPOINTS} - names)
+    generating = {*FRAMING_OF_ENDPOINT, *OPENAI_ENDPOINTS}
+    routes = [route for route in app.router.routes if getattr(route, "name", "") in generating]
+    missing = sorted(generating - {route.name for route in routes})
     if missing:
         raise RuntimeError(f"upstream's HTTP app has no endpoint {', '.join(missing)}")
     if app.middleware_stack is not None:
         raise RuntimeError("the HTTP app serves already: no middleware can be added")
+    app.user_middleware.append(Middleware(KeptMiddleware, runs=kept, routes=routes))
     app.user_middleware.append(Middleware(OutcomeMiddleware))

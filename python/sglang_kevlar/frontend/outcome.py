@@ -5,12 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from sglang_kevlar.frontend.kept.progress import Progress
+
 #: why a request is refused or ended; also the `kind` label of sglang_kevlar_refused_requests_total
 FailureKind = Literal[
     "invalid", "no_group", "queue_full", "redirect_limit", "poison", "not_continuable", "weights", "shutdown"
 ]
 
 SCOPE_KEY = "kevlar"
+
+#: in the ASGI messages of a kept request's stream: `Progress.offset` when the endpoint sent it
+OFFSET_KEY = "kevlar.offset"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +43,8 @@ class RequestOutcome:
     delivered: bool = False
     #: its sub-requests in flight, in order (kept by the actor): found without a look at all others
     rids: dict[str, None] = field(default_factory=dict)
+    #: of a request that outlives its connection (`frontend.kept`); None for all others
+    kept: Progress | None = None
 
     def fail(self, failure: Failure) -> bool:
         """The first failure wins. True when this was it: the caller then aborts the other sub-requests."""

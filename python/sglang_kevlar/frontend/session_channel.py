@@ -30,16 +30,22 @@ class SessionChannel(Channel):
         place: Place,
         send: Callable[[bytes], None],
         load: Callable[[], LoadSnapshot | None],
-        may_change: Callable[[], bool] = lambda: False,
+        is_primary: Callable[[], bool] = lambda: False,
+        may_change: bool = True,
     ) -> None:
         """``send`` may end the session when the other end does not read, and raise CannotSend. ``load``: what the group
-        last said of its load. ``may_change``: whether it takes changes from this frontend."""
+        last said of its load. ``is_primary``: whether this frontend is the first of those it joined. ``may_change``:
+        whether that one may change it."""
         super().__init__(group, epoch, capacity, place)
         self._send = send
         self.load = load
+        self._is_primary = is_primary
         self._may_change = may_change
         self._waiting: deque[Any] = deque()
         self._arrived = asyncio.Event()
+
+    def tells_plans(self) -> bool:
+        return self._is_primary()
 
     async def connected(self) -> bool:
         # It is ready, so its gateway has connected to it, and the session is what we are told that by.
@@ -56,8 +62,9 @@ class SessionChannel(Channel):
 
     def refusal(self, message: Any) -> str | None:
         kind = type(message)
-        if not wire.reads(message) and not self._may_change():
-            return f"worker group {self.group} takes {kind.__name__} only from the first frontend of its --join"
+        if not wire.reads(message) and not (self._may_change and self._is_primary()):
+            only = "only from the first frontend of its --join, and not from one with --peers"
+            return f"worker group {self.group} takes {kind.__name__} {only}"
         try:
             wire.encode(message)
         except wire.NotForNetwork as reason:

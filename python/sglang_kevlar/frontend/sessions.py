@@ -21,9 +21,10 @@ from sglang_kevlar.control.session import Ended, Joined, OutputsArrived, StateCh
 from sglang_kevlar.control.session import Event as SessionEvent
 from sglang_kevlar.control.shadow_partners import Place
 from sglang_kevlar.frontend.channels import CannotSend
+from sglang_kevlar.frontend.peers.links import PeerLinks
 from sglang_kevlar.frontend.session_channel import SessionChannel
 from sglang_kevlar.frontend.shadow_status import summary
-from sglang_kevlar.protocol.cluster import Setup
+from sglang_kevlar.protocol.cluster import Identity, Setup
 from sglang_kevlar.protocol.launch import LaunchPlan
 
 logger = logging.getLogger(__name__)
@@ -34,20 +35,25 @@ FORGET_INTERVAL = 10.0
 RETRY = 0.5
 
 
-def listener_of(plan: LaunchPlan, on_event: Callable[[SessionEvent], None]) -> Listener:
-    """Raises KeyProblem, or zmq.ZMQError."""
+def listener_of(
+    plan: LaunchPlan, on_event: Callable[[SessionEvent], None], identity: Identity | None = None
+) -> Listener:
+    """``identity``: of this frontend, for others to join. Raises KeyProblem, or zmq.ZMQError."""
     args = plan.kevlar
     assert args.listen is not None and plan.configuration is not None
     setup = Setup(argv=plan.argv, kevlar=msgspec.to_builtins(args))
     # Named after the launch: one that takes over knows what the one before it changed at run time.
-    sessions = Sessions(plan.launch_id, plan.configuration, args.lease, setup)
+    sessions = Sessions(plan.launch_id, plan.configuration, args.lease, setup, identity)
     return Listener(args.listen, keys.load(args.cluster_key_file), sessions, on_event)
 
 
 class GroupSessions:
     """``start`` and everything after it is to be called on the event loop's thread."""
 
-    def __init__(self, plan: LaunchPlan, on_event: Callable[[Event], None]) -> None:
+    def __init__(self, plan: LaunchPlan, on_event: Callable[[Event], None], identity: Identity | None = None) -> None:
+        self._identity = identity
+        #: with other frontends
+        self.links: PeerLinks | None = None
         self.table = JoinedGroups(plan.kevlar, first=plan.kevlar.worker_groups)
         self._ranks = plan.tp_size * plan.pp_size
         self._on_event = on_event
@@ -59,7 +65,7 @@ class GroupSessions:
 
     def start(self) -> None:
         # Not before: until then `startup` listens there.
-        self._listener = listener_of(self._plan, self._on_session)
+        self._listener = listener_of(self._plan, self._on_session, self._identity)
         self._listener.start()
         self._forget_missing()
 
@@ -80,7 +86,7 @@ class GroupSessions:
         if current is None:
             return SessionChannel(group, epoch, capacity, Place("gone", local=False), lambda _: None, lambda: None)
         assert current.session is not None and current.state is not None
-        session, theirs, listener = current.session, current.state.epoch, self._current()
+        session, theirs, listener = current.session, current.state.epoch, self.listener
 
         def send(payload: bytes) -> None:
             try:
@@ -91,7 +97,9 @@ class GroupSessions:
         standby, endpoints = current.role == "standby", tuple(ready.shadow_endpoints)
         place = Place(current.name, host=current.host, local=False, standby=standby, endpoints=endpoints)
         load = partial(_load, current, epoch)
-        channel = SessionChannel(group, epoch, capacity, place, send, load, current.may_change)
+        # What one of several frontends changed the others would not know.
+        may_change = self._plan.kevlar.peers is None
+        channel = SessionChannel(group, epoch, capacity, place, send, load, current.is_primary, may_change)
         self._channels[group] = channel
         return channel
 
@@ -133,7 +141,9 @@ class GroupSessions:
 
     def _on_session(self, event: SessionEvent) -> None:
         now = time.monotonic()
-        if isinstance(event, OutputsArrived):
+        if self.links is not None and self.links.owns(event):
+            self.links.on_session(event)
+        elif isinstance(event, OutputsArrived):
             self._outputs(event)
         elif isinstance(event, StateChanged):
             self._act(self.table.on_state(event.session, event.state, now))
@@ -167,22 +177,23 @@ class GroupSessions:
         try:
             message = wire.decode_answer(event.payload)
         except wire.NotForNetwork as problem:
-            self._current().end(event.session, f"an output that is none: {problem}")
+            self.listener.end(event.session, f"an output that is none: {problem}")
             return
         if not channel.put(message):
-            self._current().end(event.session, "this frontend does not keep up with its outputs")
+            self.listener.end(event.session, "this frontend does not keep up with its outputs")
 
     def _act(self, events: list[Event]) -> None:
         for event in events:
             if isinstance(event, GroupKill):
                 g = self.table.groups.get(event.group)
                 if g is not None and g.session is not None and g.state is not None and g.epoch == event.epoch:
-                    self._current().kill(g.session, g.state.epoch, event.cause, planned=event.planned)
+                    self.listener.kill(g.session, g.state.epoch, event.cause, planned=event.planned)
             elif isinstance(event, GroupLost):
                 self._channels.pop(event.group, None)
             self._on_event(event)
 
-    def _current(self) -> Listener:
+    @property
+    def listener(self) -> Listener:
         assert self._listener is not None, "sessions come from it"
         return self._listener
 

@@ -32,6 +32,8 @@ class ShadowPlans:
         wanted: dict[tuple[int, int], ShadowPlanReq] = {}
         news = []
         for group, channel in up.items():
+            if not channel.tells_plans():
+                continue  # another frontend tells it
             target = up.get(self.targets.get(group, -1))
             plan = ShadowPlanReq(content=content, target=target and self._target(channel, target))
             wanted[channel.group, channel.epoch] = plan

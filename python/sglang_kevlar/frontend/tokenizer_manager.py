@@ -40,8 +40,11 @@ from sglang_kevlar.frontend.endpoints import GroupStateConflict, UnknownGroup, f
 from sglang_kevlar.frontend.failover import Failover
 from sglang_kevlar.frontend.groups import WorkerGroups
 from sglang_kevlar.frontend.host import BatchOutput, Host
+from sglang_kevlar.frontend.kept.registry import KeptRuns
 from sglang_kevlar.frontend.loads import GroupLoadReader
 from sglang_kevlar.frontend.outcome import Failure, RequestOutcome, outcome_of
+from sglang_kevlar.frontend.peers import start as peers
+from sglang_kevlar.frontend.peers.kept import KeptPeers
 from sglang_kevlar.frontend.replay import RunTimeChanges
 from sglang_kevlar.frontend.wire_check import Unsendable, check_request
 from sglang_kevlar.observability.events import FailoverEvents
@@ -69,6 +72,12 @@ class KevlarTokenizerManager(TokenizerManager, Host):
         self.started_at = time.monotonic()
         #: HTTP requests and Engine calls that are under way, in whatever stage
         self._generating = 0
+        #: requests that outlive their connection
+        self.kept = KeptRuns(plan.kevlar.stream_retention, plan.kevlar.stream_memory << 20)
+        #: the HTTP application, where there is one
+        self.app: Any = None
+        #: with --peers, once it serves
+        self.peers: KeptPeers | None = None
         register_wire_types()
         super().__init__(server_args, port_args)
 
@@ -81,7 +90,8 @@ class KevlarTokenizerManager(TokenizerManager, Host):
         self.tokenizer_ipc_name = None
         groups = range(self.plan.kevlar.worker_groups)
         self._metrics = metrics = PrometheusMetrics(groups) if self.enable_metrics else NoMetrics()
-        self.groups = WorkerGroups(self.plan, self.paths, self._on_membership)
+        self.identity = peers.identity_of(self.plan, secure=bool(self.server_args.ssl_certfile))
+        self.groups = WorkerGroups(self.plan, self.paths, self._on_membership, self.identity)
         self.failover = Failover(
             host=self,
             groups=self.groups,
@@ -119,6 +129,8 @@ class KevlarTokenizerManager(TokenizerManager, Host):
         if self._changes.inherited:
             await self._take_over_changes()
         self.groups.start()
+        if self.identity is not None and self.groups.sessions is not None:
+            self.peers = peers.start(self.plan, self.identity, self.groups.sessions, self.kept, self.app)
         if self.enable_metrics:
             self.asyncio_tasks.add(asyncio.create_task(self._watch_shadows()))
         await self.failover.run()
@@ -150,8 +162,12 @@ class KevlarTokenizerManager(TokenizerManager, Host):
     async def generate_request(
         self, obj: GenerateReqInput | EmbeddingReqInput, request: fastapi.Request | None = None
     ) -> AsyncIterator[Any]:
-        _current_outcome.set(outcome_of(request))
+        outcome = outcome_of(request)
+        _current_outcome.set(outcome)
         stream = super().generate_request(obj, request)
+        if outcome is not None and outcome.kept is not None:
+            outcome.kept.name(obj)
+            stream = outcome.kept.watch(stream)
         self._generating += 1
         try:
             async for output in stream:
@@ -273,6 +289,8 @@ class KevlarTokenizerManager(TokenizerManager, Host):
             "uptime_s": round(time.monotonic() - self.started_at, 3),
             "held": len(self.failover.hold),
             "groups": groups,
+            "kept": self.kept.status(),
+            "frontends": [] if self.peers is None else self.peers.records.status(),
             "failovers": self.failover.events.history(),
         }
 
@@ -339,6 +357,7 @@ class KevlarTokenizerManager(TokenizerManager, Host):
         """Drain, then stop the HTTP server. The launcher, which sent the signal, ends the groups after us."""
         while not self.gracefully_exit:
             await asyncio.sleep(0.1)
+        self.kept.drain()
         # Not rid_to_state, as upstream does: it keeps an entry for ever of every request with n > 1.
         remaining = -1
         while requests := max(len(self.failover.requests), self._generating):

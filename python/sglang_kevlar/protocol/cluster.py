@@ -36,12 +36,16 @@ Payload = Annotated[bytes, Meta(max_length=MAX_PAYLOAD_BYTES)]
 
 
 class Identity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    #: of the group, one in a cluster
+    #: a frontend joins others by the same protocol: its `Outputs` and their `Requests` carry `protocol.records`
+    kind: Literal["group", "frontend"] = "group"
+    #: of the group, or frontend: one in a cluster
     name: Name
     #: label of its host: shadows prefer another
     host: Name
     #: drawn by each gateway process; its sessions are named after it
     instance: Name
+    #: of a frontend: where it serves HTTP, as the others reach it
+    url: Text = ""
 
 
 class Configuration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -135,6 +139,7 @@ class Join(_Message, frozen=True, kw_only=True, tag="join"):
 class Welcome(_Message, frozen=True, kw_only=True, tag="welcome"):
     #: who speaks: another one after each start of a frontend
     frontend: Name
+    identity: Identity | None = None
     #: seconds of silence after which either side gives the session up
     lease: Annotated[float, Meta(ge=0.5, le=600)]
 

@@ -56,6 +56,9 @@ class KevlarArgs(msgspec.Struct, frozen=True, kw_only=True):
     shadow_transport: Literal["shm", "tcp", "mooncake"] = "shm"
     #: share of the promotions that are computed instead, and compared
     shadow_audit: float = 0.0
+    #: how long a request with an Idempotency-Key is kept without a client, and MiB for all of them (`frontend.kept`)
+    stream_retention: float = 60.0
+    stream_memory: int = 256
     #: ranks take orders of `sglang_kevlar.chaos`
     allow_chaos: bool = False
     #: HOST:PORT at which groups of other hosts join; None: none do
@@ -64,6 +67,10 @@ class KevlarArgs(msgspec.Struct, frozen=True, kw_only=True):
     lease: float = 3.0
     #: without it the environment's (`cluster.keys`)
     cluster_key_file: str | None = None
+    #: all frontends of the same groups, by name: where each listens. "a=HOST:PORT,b=HOST:PORT"; None: this one alone
+    peers: str | None = None
+    #: which of them this is
+    frontend_name: str | None = None
     #: label of this host; None: its name
     host_label: str | None = None
     #: address of this host at which ranks of other hosts reach its ranks

@@ -109,11 +109,12 @@ class RankShadow:
         self._near, self._far = (near, far) if line is None else (line.transport(near), line.transport(far))
         #: where ranks of other hosts reach the store; empty: nowhere
         self.endpoint = ""
-        ports = [Port(listen(place.endpoint(rank)), [near])]
+        ports: list[Port] = []
         if args.advertise is not None or args.shadow_transport == "tcp":
             largest = max(layout.block_bytes, tcp.push_bytes)
             socket, self.endpoint = network.listen(args.advertise or LOOPBACK, largest)
             ports.append(Port(socket, {far, tcp}, local=False))
+        ports.append(Port(listen(place.endpoint(rank)), [near]))
         self._server = ShadowServer(ports, layout, self._store, self.counters)
         windows = itertools.count()
         self._sender = ShadowSender(

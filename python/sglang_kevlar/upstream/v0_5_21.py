@@ -53,7 +53,7 @@ _START = (
     _seam(
         "srt.server_args:ServerArgs",
         _PREPARE,
-        fields="revision quantization kv_cache_dtype page_size lora_paths random_seed",
+        fields="tokenizer_path revision quantization kv_cache_dtype page_size lora_paths random_seed",
     ),
     _seam("srt.server_args:ServerArgs", _ALL, fields="host port model_path tp_size pp_size"),
     _seam("srt.arg_groups.overrides:resolving_view", _PREPARE, signature="server_args"),
