@@ -54,8 +54,6 @@ REPLAYS = 3
 class Bench:
     #: seconds from the fault until the streams are ended
     observed = OBSERVED
-    #: and in which a gap that is a stall begins
-    window = WINDOW
 
     def __init__(self, server: Server, session: aiohttp.ClientSession, tokens: int, seed: int) -> None:
         """``tokens``: size of the model's vocabulary."""
@@ -86,7 +84,7 @@ class Bench:
             await asyncio.sleep(WINDOW + self._chance.uniform(0.2, 0.7))
             self._hit(result)
             await asyncio.sleep(self.observed)
-        result["streams"] = [_stall(stream, result["killed"], self.window) for stream in load.streams]
+        result["streams"] = [_stall(stream, result["killed"]) for stream in load.streams]
         await self._end(result)
         return result
 
@@ -187,13 +185,12 @@ class Bench:
                 stream["recompute"] = statistics.median(replay[index] for replay in replays)
 
 
-def _stall(stream: Stream, killed: float, window: float) -> dict[str, Any]:
+def _stall(stream: Stream, killed: float) -> dict[str, Any]:
     gaps = list(zip(stream.times, stream.times[1:], strict=False))
     undisturbed = [end - begin for begin, end in gaps if end <= killed]
     before = [end - begin for begin, end in gaps if killed - WINDOW < end <= killed]
     # Also one that was open when the fault came.
-    around = [(end - begin, end) for begin, end in gaps if end > killed and begin < killed + window]
-    longest, goes_on = max(around, default=(None, None))
+    around = [end - begin for begin, end in gaps if end > killed and begin < killed + WINDOW]
     kevlar = stream.meta_info.get("kevlar", {})
     return {
         "redirected": kevlar.get("redirects", 0),
@@ -201,8 +198,8 @@ def _stall(stream: Stream, killed: float, window: float) -> dict[str, Any]:
         "context": stream.meta_info.get("prompt_tokens", 0) + sum(at <= killed for at in stream.times),
         "usual": statistics.median(undisturbed),
         "longest_before": max(before, default=WINDOW),
-        "longest": longest,
-        "goes_on": None if goes_on is None else goes_on - killed,
+        "longest": max(around, default=None),
+        "gaps": [(begin - killed, end - killed) for begin, end in gaps if end > killed],
         "error": stream.error,
     }
 

@@ -106,8 +106,6 @@ class NetworkBench(failover.Bench):
     def __init__(self, cluster: Cluster, session: aiohttp.ClientSession, tokens: int, seed: int) -> None:
         super().__init__(cluster.server, session, tokens, seed)
         self._cluster = cluster
-        # A network that is cut one way may carry some tokens more: then the gap begins later.
-        self.window = cluster.lease
         self.observed = cluster.lease + MARGIN
 
     def _aim(self, fault: str, group: dict[str, Any]) -> dict[str, Any]:
@@ -141,28 +139,29 @@ class NetworkBench(failover.Bench):
 # ---- tables
 
 
+def _longest(stream: dict[str, Any], before: float) -> tuple[float, float]:
+    """Of the gaps that begin by then: where it ends, from the fault, and how long it is beyond the usual one."""
+    begin, end = max((gap for gap in stream["gaps"] if gap[0] < before), key=lambda gap: gap[1] - gap[0])
+    return end, end - begin - stream["usual"]
+
+
 def _row(fault: str, rounds: list[dict[str, Any]]) -> list[object]:
-    moved = [(r, s) for r in rounds for s in failover.moved_streams(r)]
-    stayed = [s for r in rounds for s in failover.other_streams(r)]
+    # A network that is cut one way may carry some tokens more: a stall begins anywhere between fault and failover.
+    moved = [(r["detected"], *_longest(s, r["detected"])) for r in rounds for s in failover.moved_streams(r)]
+    stayed = [_longest(s, r["detected"] + failover.WINDOW)[1] for r in rounds for s in failover.other_streams(r)]
     columns = (
         [r["detected"] for r in rounds],
-        [s["goes_on"] - r["detected"] for r, s in moved],
-        [s["longest"] - s["usual"] for _, s in moved],
-        [s["longest"] - s["usual"] for s in stayed],
+        [goes_on - detected for detected, goes_on, _ in moved],
+        [stall for _, _, stall in moved],
+        stayed,
     )
     reported = statistics.median(r["record"]["detect_ms"] for r in rounds)
     causes = sorted({r["record"]["cause"].partition(":")[0] for r in rounds})
-    recomputed = f"{statistics.median(s['recomputed'] for _, s in moved):.0f}" if moved else "-"
+    recomputed = [s["recomputed"] for r in rounds for s in failover.moved_streams(r)]
     cells = [report.milliseconds(column) for column in columns]
-    return [
-        fault,
-        f"{len(moved)} / {len(rounds)}",
-        cells[0],
-        f"{reported:.1f}",
-        *cells[1:],
-        recomputed,
-        ", ".join(causes),
-    ]
+    counts = f"{len(moved)} / {len(rounds)}"
+    middle = f"{statistics.median(recomputed):.0f}" if recomputed else "-"
+    return [fault, counts, cells[0], f"{reported:.1f}", *cells[1:], middle, ", ".join(causes)]
 
 
 def table(rounds: list[dict[str, Any]]) -> str:

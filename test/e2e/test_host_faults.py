@@ -63,13 +63,23 @@ class World:
             group.wait_ready(self.server)
         self.server.wait_ready(len(self.groups))
 
-    def stop(self) -> None:
+    def stop(self) -> list[int]:
+        """Exit statuses."""
         self.hosts.heal()
+        statuses = []
         try:
             for group in self.groups.values():
-                group.stop()
+                statuses.append(group.stop())
         finally:
-            self.server.stop()
+            statuses.append(self.server.stop())
+        return statuses
+
+    def wait_nothing_left(self) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while left := [pid for host in self.hosts for pid in host.pids()]:
+            assert time.monotonic() < deadline, left
+            time.sleep(0.1)
+        assert not [name for name in self.groups if Path(self._run_dir(name)).exists()]
 
     # ---- what is known
 
@@ -135,7 +145,9 @@ def world_of(models: Path, directory: Path, *flags: str) -> Iterator[World]:
             world.wait_up()
             yield world
         finally:
-            world.stop()
+            statuses = world.stop()
+        assert statuses == [0, 0, 0]
+        world.wait_nothing_left()
 
 
 @pytest.fixture(scope="module")
