@@ -92,7 +92,9 @@ class SimFrontend:
     def ask(self, client: SimClient, asked: frozenset[str] = frozenset(), alone: bool = False) -> SimRun | str | None:
         """The run to read from, None to try again, or why not."""
         now = self.world.faults.step
-        found = self.directory.find(client.identity, None, client.identity[0], client.last, now, alone)
+        found = self.directory.find(
+            client.identity, None, client.identity[0], client.last, now, alone, client.last is not None
+        )
         if isinstance(found, Here):
             return self.runs[found.rid]
         if isinstance(found, TakeUp):

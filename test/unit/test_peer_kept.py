@@ -297,16 +297,18 @@ def test_what_the_client_has_and_no_peer_knows_is_refused(monkeypatch: pytest.Mo
     play(script)
 
 
-def test_new_requests_wait_for_a_frontend_that_may_have_them(monkeypatch: pytest.MonkeyPatch):
+def test_what_only_a_lost_frontend_may_have(monkeypatch: pytest.MonkeyPatch):
+    """A client that has had something of it waits for that one; one that has had nothing is served."""
     monkeypatch.setattr(records_module, "PATIENCE", 0.5)
 
     async def script(c: Cluster) -> None:
         await c.lose("a")
-        first = await c.answer("b", key="new")
-        assert first.status_code == 503 and first.headers["retry-after"] == "1"
-        await asyncio.sleep(0.6)
+        begun = await c.answer("b", key="begun", last_event_id="r:3.0~zz")
+        assert begun.status_code == 503 and begun.headers["retry-after"] == "1"
         say(c, "b", "one", None)
         assert (await c.answer("b", key="new")).status_code == 200
+        await asyncio.sleep(0.6)
+        assert (await c.answer("b", key="begun", last_event_id="r:3.0~zz")).status_code == 404
 
     play(script)
 

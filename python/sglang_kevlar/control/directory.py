@@ -86,6 +86,8 @@ class Directory:
         self._patience = patience
         #: frontends that should be there and are not, or have not said yet what they have; and since when
         self._missing = dict.fromkeys(expected, now)
+        #: frontends that have said what they had since this one started
+        self._heard: set[str] = set()
         self._runs: dict[Name, Run] = {}
         self._by_identity: dict[Identity, Run] = {}
         #: peers with a session, by name
@@ -148,6 +150,7 @@ class Directory:
         self._peers[name].apply(record)
         if isinstance(record, Complete):
             self._missing.pop(name, None)
+            self._heard.add(name)
         if not isinstance(record, Opened):
             return None
         ours = self._runs.get(name_of(record)) or self._by_identity.get((record.principal, record.key))
@@ -169,9 +172,11 @@ class Directory:
         behind: EventId | None,
         now: float,
         alone: bool = False,
+        begun: bool = True,
     ) -> Where:
         """By its identity or its id, for ``principal``. ``behind``: the last event that the client has. ``alone``: the
-        peers were asked, and none of them can go on with it."""
+        peers were asked, and none of them can go on with it. ``begun``: the client has had an answer; if it had not,
+        nothing is lost by beginning anew what only a lost frontend knew of."""
         run = self._runs.get((principal, rid or "")) if identity is None else self._by_identity.get(identity)
         found: Where | None = None
         if run is not None:
@@ -190,7 +195,9 @@ class Directory:
         if found is None or (isinstance(found, Refused) and behind is not None):
             # One that could say more may only be out of our reach.
             missing = [
-                peer for peer, since in self._missing.items() if peer in self._peers or now - since < self._patience
+                peer
+                for peer, since in self._missing.items()
+                if (begun or peer not in self._heard) and (peer in self._peers or now - since < self._patience)
             ]
             return Unsure(tuple(sorted(missing))) if missing else found or Nowhere()
         return found

@@ -69,7 +69,7 @@ class KeptPeers:
         passed_on = any(name == FORWARDED.encode() for name, _ in scope["headers"])
         alone, refused = False, None
         while True:
-            where = self.records.directory.find(identity, rid, principal, behind, time.monotonic(), alone)
+            where = self.records.directory.find(identity, rid, principal, behind, time.monotonic(), alone, begun)
             if isinstance(where, Here):
                 found = self._runs.find_rid(principal, where.rid)
                 return found if isinstance(found, Run) else _NOT_YET
