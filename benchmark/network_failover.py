@@ -44,6 +44,8 @@ SIGNALS = {
 #: of the group's host
 LINKS = ("link down", "only the group hears", "only the frontend hears")
 FAULTS = (*SIGNALS, *LINKS)
+#: seconds by which a client may read the last token of the lost group after the failover
+LATE = 0.05
 #: seconds behind the lease in which streams have to go on
 MARGIN = 4.0
 
@@ -147,7 +149,7 @@ def _longest(stream: dict[str, Any], before: float) -> tuple[float, float]:
 
 def _row(fault: str, rounds: list[dict[str, Any]]) -> list[object]:
     # A network that is cut one way may carry some tokens more: a stall begins anywhere between fault and failover.
-    moved = [(r["detected"], *_longest(s, r["detected"])) for r in rounds for s in failover.moved_streams(r)]
+    moved = [(r["detected"], *_longest(s, r["detected"] + LATE)) for r in rounds for s in failover.moved_streams(r)]
     stayed = [_longest(s, r["detected"] + failover.WINDOW)[1] for r in rounds for s in failover.other_streams(r)]
     columns = (
         [r["detected"] for r in rounds],
