@@ -205,7 +205,9 @@ def cut_off_and_take_back(world: World, expected: Expected, cut: Cut) -> None:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("cut", [pull_cable, mute, deafen])
+@pytest.mark.parametrize(
+    "cut", [pull_cable, pytest.param(mute, marks=pytest.mark.slow), pytest.param(deafen, marks=pytest.mark.slow)]
+)
 def test_a_host_that_is_cut_off_is_given_up_and_taken_back(world: World, expected: Expected, cut: Cut) -> None:
     cut_off_and_take_back(world, expected, cut)
 
@@ -247,6 +249,7 @@ def test_a_group_comes_back_under_load_after_an_outage_longer_than_the_lease(wor
     assert world.failovers() == before + 1
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_frontend_that_is_cut_off_holds_its_requests_until_groups_are_back(world: World, expected: Expected) -> None:
     with world.load(expected) as load:
@@ -263,6 +266,7 @@ def test_a_frontend_that_is_cut_off_holds_its_requests_until_groups_are_back(wor
     assert world.failovers() == before + len(WORKERS)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_frontend_that_stood_still_finds_its_groups_gone_and_gets_them_back(world: World, expected: Expected) -> None:
     with world.load(expected) as load:

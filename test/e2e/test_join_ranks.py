@@ -26,6 +26,7 @@ def run_all(server: Server) -> list[Any]:
     return [(answer.token_ids, answer.texts, answer.finish) for answer in answers]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_group_of_two_ranks_joins_and_comes_back(models, tmp_path) -> None:
     cluster = Cluster(tmp_path)

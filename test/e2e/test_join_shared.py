@@ -119,6 +119,7 @@ def test_the_first_server_alone_may_change_the_group(world) -> None:
     assert second.status()["groups"][0]["state"] != "ready"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_when_the_first_server_dies_the_second_gets_the_group_without_its_changes(world, undisturbed) -> None:
     first, second = world.servers

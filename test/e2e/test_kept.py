@@ -105,7 +105,7 @@ def undisturbed(server: Server) -> list[tuple[Case, Answer]]:
     return list(zip(cases, answers, strict=True))
 
 
-@pytest.mark.parametrize("kill", [False, True])
+@pytest.mark.parametrize("kill", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.timeout(600)
 def test_cut_anywhere_every_endpoint_gives_the_undisturbed_answer(server: Server, undisturbed: Any, kill: bool) -> None:
     server.wait_ready()
