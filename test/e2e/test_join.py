@@ -94,7 +94,7 @@ def run_all(
         world.server.wait(
             lambda status: any(g["id"] == victim and g["running"] for g in status["groups"]), "requests there", 30
         )
-        time.sleep(chance.uniform(0.0, 1.0))
+        time.sleep(chance.uniform(0.0, 0.4))
         fault()
 
     with ThreadPoolExecutor(len(expected)) as pool:
@@ -110,8 +110,8 @@ def run_all(
     assert not differences, "\n".join(differences)
     status = world.server.wait(lambda s: len(s["failovers"]) > before, "failover record", 30)
     records = status["failovers"][before:]
-    assert sum(record["redirected"] for record in records) > 0, records
-    assert any(answer.redirects for answer in answers), "no request was moved: the fault hit nothing"
+    # Only the native API's answers say so themselves.
+    assert sum(record["redirected"] for record in records) > 0, f"no request was moved: {records}"
     return records
 
 
