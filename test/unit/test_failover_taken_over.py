@@ -300,6 +300,23 @@ def test_of_several_requests_nothing_is_recorded_and_all_run_anew():
     play(script)
 
 
+def test_a_batch_that_cannot_be_cut_costs_the_record_and_not_the_frontend():
+    async def script(w: World) -> None:
+        await w.ready(0)
+        e = Endpoint()
+        e.progress.recorded = None
+        w.submit(outcome=e.outcome)
+        w.submit("b")
+        batch = str_batch((w.wire(), [1], "x", None), (w.wire("b"), [2], "y", None))
+        batch.dp_ranks = [0]
+        w.actor.channels[0].put(batch)
+        await asyncio.sleep(0.01)
+        assert w.text["a"] == "x" and w.text["b"] == "y"
+        assert e.progress.unrecordable is not None and "dp_ranks" in e.progress.unrecordable
+
+    play(script)
+
+
 def test_an_output_that_cannot_travel_costs_its_record_and_not_the_frontend():
     async def script(w: World) -> None:
         await w.ready(0)

@@ -21,7 +21,7 @@ from sglang.srt.managers.io_struct import (
 )
 
 from sglang_kevlar.cluster import wire
-from sglang_kevlar.cluster.batches import cut
+from sglang_kevlar.cluster.batches import UnknownShape, cut
 from sglang_kevlar.control.journal import Entry
 from sglang_kevlar.control.membership import Event, GroupChanged, GroupLost, GroupReady, GroupSuspect, GroupTrusted
 from sglang_kevlar.frontend.channels import Channel
@@ -352,13 +352,21 @@ class Failover(Requests):
     def _record(self, batch: BatchOutput, requests: dict[int, InFlight]) -> None:
         """Note what of ``batch`` the outputs of these requests (by row) will be made of."""
         owners = [row if row in requests else None for row in range(len(batch.rids))]
-        for row, message in cut(batch, owners).items():
-            outcome = requests[row].outcome
-            assert outcome is not None and outcome.kept is not None
+        kept = {row: request.outcome.kept for row, request in requests.items() if request.outcome is not None}
+        try:
+            parts = cut(batch, owners)
+        except UnknownShape as problem:
+            for progress in kept.values():
+                assert progress is not None
+                progress.unrecordable = f"its output cannot be recorded: {problem}"
+            return
+        for row, message in parts.items():
+            progress = kept[row]
+            assert progress is not None
             try:
-                outcome.kept.messages.append(wire.encode(message))
+                progress.messages.append(wire.encode(message))
             except wire.NotForNetwork as problem:
-                outcome.kept.unrecordable = f"its output cannot be recorded: {problem}"
+                progress.unrecordable = f"its output cannot be recorded: {problem}"
 
     async def _go_through(self, request: InFlight, recorded: Recorded) -> None:
         """What the frontend before us recorded of it, output by output as its endpoint takes them; then go on."""
