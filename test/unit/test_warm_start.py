@@ -183,20 +183,51 @@ def test_a_member_killed_while_it_starts_is_not_held_against_the_template(group:
     assert is_warm(group.ready(after=1))
 
 
+def zombies_of(group: Group) -> list[str]:
+    assert group.process is not None
+    children = Path(f"/proc/{group.process.pid}/task/{group.process.pid}/children").read_text()
+    found = []
+    for pid in children.split():
+        try:
+            stat = Path(f"/proc/{pid}/stat").read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # reaped just now
+        if stat.rpartition(")")[2].split()[0] == "Z":
+            found.append(stat)
+    return found
+
+
+LEAVES_A_CHILD = """
+child = subprocess.Popen(["sleep", "1000"], start_new_session=False)
+open(f"{run_dir}/left", "a").write(f"{child.pid}\\n")
+"""
+
+
 def test_what_members_leave_behind_is_reaped(group: Group) -> None:
-    group.behave("rank0", """subprocess.Popen(["sleep", "1000"], start_new_session=False)""")
+    group.behave("rank0", LEAVES_A_CHILD)
     group.start()
     first = group.ready()
     os.kill(pid_of(first, "rank0"), signal.SIGKILL)
     group.ready(after=1)
+    eventually(lambda: not zombies_of(group))
+
+
+def test_what_ends_together_with_members_is_reaped(group: Group) -> None:
+    group.behave("rank0", LEAVES_A_CHILD)
+    group.start()
+    first = group.ready()
+    left = int((group.run_dir / "left").read_text())
     assert group.process is not None
-    children = Path(f"/proc/{group.process.pid}/task/{group.process.pid}/children")
-
-    def zombies() -> list[str]:
-        stats = [Path(f"/proc/{pid}/stat").read_text() for pid in children.read_text().split()]
-        return [stat for stat in stats if stat.rpartition(")")[2].split()[0] == "Z"]
-
-    eventually(lambda: not zombies())
+    # It sees all these ends at once, and gets one signal for them.
+    group.process.send_signal(signal.SIGSTOP)
+    for name in ("rank0", "rank1", "detokenizer"):
+        os.kill(pid_of(first, name), signal.SIGKILL)
+    eventually(lambda: not alive(pid_of(first, "rank0")))
+    os.kill(left, signal.SIGKILL)
+    eventually(lambda: len(zombies_of(group)) == 4)
+    group.process.send_signal(signal.SIGCONT)
+    group.ready(after=1)
+    eventually(lambda: not zombies_of(group))
 
 
 def test_a_thread_of_this_process_is_seen() -> None:

@@ -209,6 +209,7 @@ class Launcher:
         status = child.reap()
         assert status is not None
         role.child = None
+        self._reap_adopted()
         if role.status is not None:
             self._on_status(role)
             self._drop_status(role)
@@ -298,10 +299,7 @@ class Launcher:
         own = {role.child.pid for role in self._roles if role.child is not None}
         if self._preparation is not None:
             own.add(self._preparation.pid)
-        try:
-            reap_adopted({*own, self._janitor.pid})
-        except ChildProcessError:
-            pass  # no children at all
+        reap_adopted({*own, self._janitor.pid})
 
     def _watch_owner(self) -> None:
         if self._internal.owner_pid is None:

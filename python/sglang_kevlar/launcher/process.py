@@ -163,12 +163,17 @@ def adopted(name: str, pid: int) -> Child:
 def reap_adopted(own: Collection[int]) -> None:
     """Reap ended children that are not ``own``: orphans that became ours.
 
-    As process 1 of a container we inherit everyone's, otherwise only after `adopt_orphans`.
+    As process 1 of a container we inherit everyone's, otherwise only after `adopt_orphans`. One of ``own`` that has
+    ended hides what ended behind it, and the kernel reports no child twice: call this at SIGCHLD, and again when one
+    of ``own`` was reaped.
     """
-    while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is not None:
-        if ended.si_pid in own:
-            return  # it is reaped by its owner; what is behind it, at the next signal
-        os.waitpid(ended.si_pid, 0)
+    try:
+        while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is not None:
+            if ended.si_pid in own:
+                return
+            os.waitpid(ended.si_pid, 0)
+    except ChildProcessError:
+        pass  # no children at all
 
 
 def describe_exit(status: int) -> str:

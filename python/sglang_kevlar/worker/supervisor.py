@@ -249,6 +249,7 @@ class Supervisor:
         member.close()
         group_files.remove_metrics(self._paths, member.process.pid, counted=self._ready_at is not None)
         del self._members[member.name]
+        self._reap_adopted()
         if not self._members:
             self._on_epoch_gone()
 
@@ -374,11 +375,7 @@ class Supervisor:
 
     def _reap_adopted(self) -> None:
         """What members left behind, and what forked them."""
-        own = {member.process.pid for member in self._members.values()} | self._warm.pids
-        try:
-            reap_adopted(own)
-        except ChildProcessError:
-            pass  # no children at all
+        reap_adopted({member.process.pid for member in self._members.values()} | self._warm.pids)
 
     def _log(self, text: str) -> None:
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
