@@ -1,0 +1,157 @@
+"""The supervisor of a node of a group on several hosts that is not the first: it does as that one says.
+
+Its epochs are started and ended by orders, in a session with the first node. Without a session nothing runs here.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from typing import Any
+
+import zmq
+
+from sglang_kevlar.cluster import keys
+from sglang_kevlar.cluster.dialler import Dialler
+from sglang_kevlar.control import nodes
+from sglang_kevlar.control.group_end import GroupEnd
+from sglang_kevlar.control.session import TICK, Admitted, Ended, Event, KillArrived, NotJoined, RequestsArrived
+from sglang_kevlar.frontend.shadow_status import ShadowReader
+from sglang_kevlar.protocol.cluster import GroupState, Identity
+from sglang_kevlar.protocol.group import GroupReport, LossKind, ProcessRef
+from sglang_kevlar.protocol.launch import EXIT_CONFIG, LaunchPlan, Paths
+from sglang_kevlar.protocol.nodes import decode
+from sglang_kevlar.worker import group_files
+from sglang_kevlar.worker.local_watch import LocalWatch
+from sglang_kevlar.worker.supervisor import Supervisor, engine_commands
+
+
+class Follower(Supervisor):
+    def __init__(self, paths: Paths, plan: LaunchPlan, group: int, **how: Any) -> None:
+        """Raises KeyProblem or ValueError."""
+        self._orders = nodes.Follower()
+        self._shadows = ShadowReader(plan, paths)
+        #: of an epoch that is ready
+        self._local: LocalWatch | None = None
+        #: sockets of the connection that is being polled
+        self._dialled: list[zmq.Socket[bytes]] = []
+        #: not said yet
+        self._unsaid: GroupState | None = None
+        super().__init__(paths, plan, group, engine_commands(paths, plan, group, self._meeting), **how)
+        self._phase = "down"
+        # Whether the group ever starts is for the first node to say.
+        self._exit_on_failed_start = False
+
+    # -- the first node
+
+    def _connect(self) -> None:
+        plan, node = self._plan, self._plan.node
+        assert node is not None and plan.join is not None and plan.node_configuration is not None
+        identity = Identity(kind="node", name=f"node{node.rank}", host=plan.join.host, instance=secrets.token_hex(8))
+        state = GroupState(epoch=group_files.read_epoch(self._paths, self._group), phase="down")
+        end = GroupEnd(identity, plan.node_configuration, state, time.monotonic())
+        key = keys.load(plan.kevlar.cluster_key_file)
+        self._dialler = Dialler(node.head, key, end, self._on_event, whom="first node")
+
+    def _disconnect(self) -> None:
+        if self._local is not None:
+            self._local.close()
+        self._dialler.close("this node shuts down")
+
+    def _look_elsewhere(self) -> None:
+        state, self._unsaid = self._unsaid, None
+        if state is not None:
+            self._dialler.change_state(state)
+        self._dialler.turn()
+        # A connection is another one after each try.
+        now_there = self._dialler.sockets
+        for each in [each for each in self._dialled if each not in now_there]:
+            self._unwatch(each)
+        for each in [each for each in now_there if each not in self._dialled]:
+            self._watch(each, lambda: None)
+        self._dialled = now_there
+        self._look_here()
+
+    def _on_event(self, event: Event) -> None:
+        if isinstance(event, Admitted):
+            self.log("joined to the first node")
+        elif isinstance(event, RequestsArrived):
+            self._on_order(event)
+        elif isinstance(event, KillArrived):
+            if event.epoch == self._epoch:
+                self._end_by_order(event.cause)
+        elif isinstance(event, Ended):
+            self._orders.on_over()
+            self._end_by_order(f"the first node: {event.reason}", kind="network")
+        elif isinstance(event, NotJoined) and event.retry_s is None:
+            self._exit_status = EXIT_CONFIG
+            if self._status is not None:
+                self._status.send({"status": "failed", "cause": f"refused by the first node: {event.reason}"})
+
+    def _on_order(self, event: RequestsArrived) -> None:
+        try:
+            order = decode(event.payload)
+        except ValueError as problem:
+            self._dialler.reject(f"an order that is none: {problem}")
+            return
+        if not self._orders.on_order(event.epoch, order, epoch=self._epoch, running=self._phase in nodes.RUNNING):
+            self._dialler.reject(f"an order to start after epoch {event.epoch}, in epoch {self._epoch} ({self._phase})")
+
+    def _end_by_order(self, cause: str, kind: LossKind | None = None) -> None:
+        if self._members and not self._ending:
+            self._end_epoch(cause, by_itself=False, kind=kind)
+
+    # -- an epoch
+
+    def _start_at(self) -> float:
+        """At once, as the others do: the back-off is that of the first node."""
+        return 0.0 if self._orders.order is not None and super()._start_at() < float("inf") else float("inf")
+
+    def _timeout_ms(self) -> int:
+        return 0 if self._unsaid is not None else min(super()._timeout_ms(), int(TICK * 1000))
+
+    def _meeting(self) -> list[str]:
+        order = self._orders.take()
+        return ["--dist-host", order.host, "--dist-port", str(order.port)]
+
+    def _look_here(self) -> None:
+        if self._phase != "ready":
+            if self._local is not None:
+                self._local.close()
+                self._local = None
+            return
+        now = time.monotonic()
+        if self._local is None:
+            members = [ProcessRef(m.name, *m.process.identity) for m in self._members.values()]
+            self._local = LocalWatch(self._plan.kevlar, self._paths, self._group, self._epoch, members)
+        if now < self._local.next_look:
+            return
+        busy = self._local.busy
+        if (loss := self._local.look(now)) is not None:
+            self._end_epoch(loss.cause, by_itself=False)
+        elif busy != self._local.busy:
+            self._report()
+
+    def _on_signal(self) -> None:
+        super()._on_signal()
+        if self._stop_deadline is not None:
+            self._report()
+
+    # -- what is said of it
+
+    def _what_next(self, delay: float) -> str:
+        return "the first node says when to start again"
+
+    def _tell(self, report: GroupReport) -> None:
+        ranks = self._shadows.by_rank(self._group, report.epoch) if report.phase == "ready" else {}
+        self._unsaid = GroupState(
+            epoch=report.epoch,
+            phase=report.phase,
+            cause=report.cause,
+            kind=report.kind,
+            pids={member.name: member.pid for member in report.members},
+            shadow=list(ranks.values()),
+            shadow_ranks=list(ranks),
+            shadow_endpoints=report.shadow_endpoints,
+            busy=self._local is not None and self._local.busy,
+        )
