@@ -122,8 +122,13 @@ class Nodes:
             return []
         node.wanted = None
         cause = state.cause if state.phase not in RUNNING else f"it went on to epoch {state.epoch} by itself"
-        lost: list[Effect] = [Lost(f"node {rank} ({node.host}): {cause}", "report", passing=False)]
-        return lost + _unwanted(node, cause)
+        left = state.phase == "stopped"
+        kind: LossKind = "left" if left else state.kind or "exit"
+        lost = Lost(f"node {rank} ({node.host}): {cause}", kind, passing=left)
+        if left and node.session is not None:
+            # It waits for that, so that no other rank sees the end of its ranks before the reason is known.
+            return [lost, Kill(node.session, state.epoch, cause)]
+        return [lost, *_unwanted(node, cause)]
 
     def on_left(self, rank: int, reason: str, kind: LossKind) -> list[Effect]:
         """Its session is over."""

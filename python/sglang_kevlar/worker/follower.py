@@ -59,9 +59,8 @@ class Follower(Supervisor):
         self._dialler.close("this node shuts down")
 
     def _look_elsewhere(self) -> None:
-        state, self._unsaid = self._unsaid, None
-        if state is not None:
-            self._dialler.change_state(state)
+        self._look_here()
+        self._say()
         self._dialler.turn()
         # A connection is another one after each try.
         now_there = self._dialler.sockets
@@ -70,7 +69,11 @@ class Follower(Supervisor):
         for each in [each for each in now_there if each not in self._dialled]:
             self._watch(each, lambda: None)
         self._dialled = now_there
-        self._look_here()
+
+    def _say(self) -> None:
+        state, self._unsaid = self._unsaid, None
+        if state is not None:
+            self._dialler.change_state(state)
 
     def _on_event(self, event: Event) -> None:
         if isinstance(event, Admitted):
@@ -82,7 +85,7 @@ class Follower(Supervisor):
                 self._end_by_order(event.cause)
         elif isinstance(event, Ended):
             self._orders.on_over()
-            self._end_by_order(f"the first node: {event.reason}", kind="network")
+            self._end_by_order(f"the session with the first node ended: {event.reason}", kind="network")
         elif isinstance(event, NotJoined) and event.retry_s is None:
             self._exit_status = EXIT_CONFIG
             if self._status is not None:
@@ -98,7 +101,10 @@ class Follower(Supervisor):
             self._dialler.reject(f"an order to start after epoch {event.epoch}, in epoch {self._epoch} ({self._phase})")
 
     def _end_by_order(self, cause: str, kind: LossKind | None = None) -> None:
-        if self._members and not self._ending:
+        if self._phase == "stopped":
+            for member in self._members.values():
+                member.process.kill()
+        elif self._members and not self._ending:
             self._end_epoch(cause, by_itself=False, kind=kind)
 
     # -- an epoch
@@ -128,14 +134,18 @@ class Follower(Supervisor):
             return
         busy = self._local.busy
         if (loss := self._local.look(now)) is not None:
-            self._end_epoch(loss.cause, by_itself=False)
+            self._end_epoch(loss.cause, by_itself=False, kind=loss.kind)
         elif busy != self._local.busy:
             self._report()
 
-    def _on_signal(self) -> None:
-        super()._on_signal()
-        if self._stop_deadline is not None:
-            self._report()
+    def _stop(self) -> None:
+        if self._phase not in nodes.RUNNING or self._dialler.end.phase != "joined":
+            super()._stop()
+            return
+        # Said first, and killed by the first node: its ranks would see the end of these, and be taken for the cause.
+        self._ending = True
+        self._phase, self._cause = "stopped", "this node shuts down"
+        self._report()
 
     # -- what is said of it
 
@@ -155,3 +165,6 @@ class Follower(Supervisor):
             shadow_endpoints=report.shadow_endpoints,
             busy=self._local is not None and self._local.busy,
         )
+        if report.kind is not None:
+            # What was found here is to be known before anybody sees the end of these ranks.
+            self._say()

@@ -64,7 +64,7 @@ class Head(Supervisor):
         self._listener.turn()
         lost, self._lost = self._lost, None
         if lost is not None and self._members and not self._ending:
-            self._end_epoch(lost.cause, by_itself=False, kind=lost.kind if lost.passing else None)
+            self._end_epoch(lost.cause, by_itself=False, kind=lost.kind, passing=lost.passing)
         self._ready_if_all()
         self._waiting = "" if self._members or self._stop_deadline is not None else "; ".join(self._nodes.missing())
         now = time.monotonic()
@@ -126,16 +126,13 @@ class Head(Supervisor):
             self._keep(self._paths.shadow_stores(self._group, self._epoch), self._shadow_endpoints())
         super()._ready_if_all()
 
-    def _end_epoch(
-        self, cause: str, *, planned: bool = False, by_itself: bool = True, kind: LossKind | None = None
-    ) -> None:
-        super()._end_epoch(cause, planned=planned, by_itself=by_itself, kind=kind)
+    def _end_epoch(self, cause: str, **how: Any) -> None:
+        super()._end_epoch(cause, **how)
         self._act(self._nodes.end(cause))
 
-    def _on_signal(self) -> None:
-        super()._on_signal()
-        if self._stop_deadline is not None:
-            self._act(self._nodes.end("the group shuts down"))
+    def _stop(self) -> None:
+        super()._stop()
+        self._act(self._nodes.end("the group shuts down"))
 
     # -- what is said of it
 

@@ -51,6 +51,8 @@ from sglang_kevlar.worker.warm_start import WarmStart
 _STOP_TIMEOUT = 5.0
 #: seconds in which a member that sent SIGQUIT may end by itself, which says more about why
 _QUIT_GRACE = 2.0
+#: seconds in which a report is heard, mostly
+_HEARD = 0.05
 
 #: command lines of the members of an epoch by name; the supervisor appends ``--ready-fd N``
 Commands = Callable[[int], Mapping[str, Sequence[str]]]
@@ -266,12 +268,18 @@ class Supervisor:
             self._on_epoch_gone()
 
     def _end_epoch(
-        self, cause: str, *, planned: bool = False, by_itself: bool = True, kind: LossKind | None = None
+        self,
+        cause: str,
+        *,
+        planned: bool = False,
+        by_itself: bool = True,
+        kind: LossKind | None = None,
+        passing: bool = False,
     ) -> None:
         """The group is lost: say so, kill what is left of it, and plan the next start.
 
-        ``by_itself``: nobody from outside ended it. ``kind``: of a loss that only this process sees; then, whatever is
-        wrong, a first start that failed is worth another try.
+        ``by_itself``: nobody from outside ended it. ``kind``: of a loss that only this process sees. ``passing``: a
+        first start that failed so is worth another try.
         """
         now = time.monotonic()
         self._ending = True
@@ -283,12 +291,14 @@ class Supervisor:
         delay = 0.0 if planned else self._backoff.failed(0.0 if self._ready_at is None else now - self._ready_at)
         self._next_start = now + delay
         if kind is not None:
-            self._report()  # before others see the ends of processes, and take them for the cause
+            # Before others see the ends of processes, and take them for the cause.
+            self._report()
+            time.sleep(_HEARD)
         if self._stop_deadline is None:
             for member in self._members.values():
                 member.process.kill()
             self.log(f"epoch {self._epoch} ended: {cause}; {self._what_next(delay)}")
-            failed = self._ready_at is None and kind is None and not self._warm.suspect
+            failed = self._ready_at is None and not passing and not self._warm.suspect
             if self._exit_on_failed_start and failed and not self._exit_status:
                 self._exit_status = EXIT_FAILED_START
         self._report()
@@ -396,10 +406,13 @@ class Supervisor:
             self._quit_deadline = min(self._quit_deadline, time.monotonic() + _QUIT_GRACE)
         if signal.SIGTERM in numbers and self._stop_deadline is None:
             self._stop_deadline = time.monotonic() + _STOP_TIMEOUT
-            self._ending = True
-            self._phase, self._cause = "stopped", "shutdown"
-            for member in self._members.values():
-                member.process.signal(signal.SIGTERM)
+            self._stop()
+
+    def _stop(self) -> None:
+        self._ending = True
+        self._phase, self._cause = "stopped", "shutdown"
+        for member in self._members.values():
+            member.process.signal(signal.SIGTERM)
 
     def _reap_adopted(self) -> None:
         """What members left behind, and what forked them."""
