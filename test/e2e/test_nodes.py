@@ -6,7 +6,6 @@ the clients, and two with a rank each.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import threading
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cases import native
+from cases import Answer, Case, native
 from joined import Cluster, Joined
 from server import Server, free_port
 
@@ -33,14 +32,15 @@ CASES = [
 
 
 class World:
-    def __init__(self, hosts: Hosts, models: Path, directory: Path, *flags: str) -> None:
+    def __init__(self, hosts: Hosts, models: Path, directory: Path, *flags: str, standby: bool = False) -> None:
         self.hosts = hosts
         self.directory = directory
         self.cluster = Cluster(directory, hosts[FRONT])
         flags = (*self.cluster.listen, "--tp-size", "2", *flags)
         self.server = Server(models / "llama-f32", directory / "log", *flags, groups=0, host=hosts[FRONT])
         self.meeting = f"{hosts[NODES[0]].address}:{free_port()}"
-        self.nodes = [self.node(rank) for rank in range(len(NODES))]
+        role = ["--standby"] if standby else []
+        self.nodes = [self.node(rank, *role) for rank in range(len(NODES))]
 
     def node(self, rank: int, *flags: str, log: str | None = None) -> Joined:
         log = log or f"node{rank}"
@@ -60,28 +60,28 @@ class World:
         """Of the second node the server knows no pids: as its own run directory has them."""
         return int((self.directory / f"node{rank}.run" / "processes" / name).read_text().split()[0])
 
-    def answers(self) -> list[Any]:
-        def run(case: Any) -> Any:
+    def answers(self, cases: list[Case] = CASES) -> list[Any]:
+        def run(case: Case) -> Answer:
             with self.server.network():
                 return case.run(self.server.url)
 
-        with ThreadPoolExecutor(len(CASES)) as pool:
-            answers = list(pool.map(run, CASES))
+        with ThreadPoolExecutor(len(cases)) as pool:
+            answers = list(pool.map(run, cases))
         assert all(answer.status == 200 and not answer.error and answer.done for answer in answers), answers
         return [(answer.token_ids, answer.texts, answer.finish) for answer in answers]
 
-    def answers_while(self, hit: Callable[[], None]) -> list[Any]:
+    def answers_while(self, hit: Callable[[], None], cases: list[Case] = CASES) -> list[Any]:
         """With all of the requests under way when ``hit`` is called."""
 
         def later() -> None:
-            self.server.wait(lambda s: any(g["running"] == len(CASES) for g in s["groups"]), "running requests", 30)
+            self.server.wait(lambda s: any(g["running"] == len(cases) for g in s["groups"]), "running requests", 30)
             time.sleep(0.3)
             hit()
 
         thread = threading.Thread(target=later)
         thread.start()
         try:
-            return self.answers()
+            return self.answers(cases)
         finally:
             thread.join()
 
@@ -204,46 +204,31 @@ def test_nodes_that_do_not_fit_are_refused_by_name(world: World) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("kill", ["one", "two"])
-def test_shadows_between_a_group_on_one_host_and_one_on_two(models: Path, tmp_path: Path, kill: str) -> None:
-    """The requests of either go on where the KV of all their ranks is."""
+@pytest.mark.parametrize("lost", ["one", "two"])
+def test_shadows_between_a_group_on_one_host_and_one_on_two(
+    models: Path, tmp_path_factory: pytest.TempPathFactory, lost: str
+) -> None:
+    """A request of either goes on where the KV of all its ranks is; the other one stands by."""
+    directory = tmp_path_factory.mktemp("shadows")
     with Hosts(FRONT, *NODES, "n2") as hosts:
-        world = World(hosts, models, tmp_path)
-        one = world.cluster.join("one", "--run-dir", str(tmp_path / "one.run"), host=hosts["n2"])
+        world = World(hosts, models, directory, standby=lost == "one")
+        flags = ["--run-dir", str(directory / "one.run"), *(["--standby"] if lost == "two" else [])]
+        one = world.cluster.join("one", *flags, host=hosts["n2"])
         try:
             world.wait_up()
             one.wait_ready(world.server)
-            world.server.wait(
-                lambda s: all((g["shadow"] or {}).get("to") is not None for g in s["groups"]), "shadow links", PATIENCE
-            )
+
+            def linked(status: dict[str, Any]) -> bool:
+                return all((group["shadow"] or {}).get("to") is not None for group in status["groups"])
+
+            world.server.wait(linked, "shadow links", PATIENCE)
+            run = directory / ("one.run" if lost == "one" else "node1.run")
+            victim = int((run / "processes" / "g0.rank1").read_text().split()[0])
             case = native("long", prompt="x = 1\n" * 200, sampling={"max_new_tokens": 300})
-            with hosts[FRONT].network():
-                expected = case.run(world.server.url)
-                found: list[Any] = []
-                server = world.server
-
-                def hit() -> None:
-                    status = server.wait(lambda s: any(g["running"] for g in s["groups"]), "a running request", 30)
-                    found.append(next(g for g in status["groups"] if g["running"]))
-                    time.sleep(0.5)
-                    name = found[0]["name"]
-                    run = tmp_path / ("one.run" if name == "one" else "node1.run")
-                    os.kill(int((run / "processes" / "g0.rank1").read_text().split()[0]), signal.SIGKILL)
-
-                # Whichever runs it: until the one that is to be killed has.
-                for _ in range(6):
-                    drained = {"one": "two", "two": "one"}[kill]
-                    number = next(g["id"] for g in server.status()["groups"] if g["name"] == drained)
-                    del number
-                    thread = threading.Thread(target=hit)
-                    thread.start()
-                    answer = case.run(server.url)
-                    thread.join()
-                    assert answer.token_ids == expected.token_ids
-                    if found[-1]["name"] == kill:
-                        break
-            record = json.loads(json.dumps(server.status()["failovers"][-1]))
-            assert record["redirected"] == 1 and record["restored_tokens"] > 500, record
+            [expected] = world.answers([case])
+            assert world.answers_while(lambda: os.kill(victim, signal.SIGKILL), [case]) == [expected]
+            record = world.server.status()["failovers"][-1]
+            assert record["redirected"] == 1 and record["restored_tokens"] > 300, record
         finally:
             one.stop()
             world.stop()
