@@ -32,11 +32,13 @@ CASES = [
 
 
 class World:
-    def __init__(self, hosts: Hosts, models: Path, directory: Path, *flags: str, standby: bool = False) -> None:
+    def __init__(
+        self, hosts: Hosts, models: Path, directory: Path, *flags: str, standby: bool = False, ranks: str = "tp"
+    ) -> None:
         self.hosts = hosts
         self.directory = directory
         self.cluster = Cluster(directory, hosts[FRONT])
-        flags = (*self.cluster.listen, "--tp-size", "2", *flags)
+        flags = (*self.cluster.listen, f"--{ranks}-size", "2", *flags)
         self.server = Server(models / "llama-f32", directory / "log", *flags, groups=0, host=hosts[FRONT])
         self.meeting = f"{hosts[NODES[0]].address}:{free_port()}"
         role = ["--standby"] if standby else []
@@ -200,6 +202,19 @@ def test_nodes_that_do_not_fit_are_refused_by_name(world: World) -> None:
         for process in (other, second):
             process.stop()
     assert world.group()["epoch"] == epoch and world.group()["state"] == "ready"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_pipeline_over_two_hosts(models: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    with Hosts(FRONT, *NODES) as hosts:
+        world = World(hosts, models, tmp_path_factory.mktemp("pipeline"), "--hold-timeout", "120", ranks="pp")
+        try:
+            world.wait_up()
+            expected = world.answers()
+            assert world.answers_while(lambda: os.kill(world.process_of(1, "g0.rank1"), signal.SIGKILL)) == expected
+        finally:
+            world.stop()
 
 
 @pytest.mark.slow

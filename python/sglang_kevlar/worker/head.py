@@ -53,6 +53,9 @@ class Head(Supervisor):
         assert plan.node is not None and plan.node_configuration is not None
         sessions = Sessions(f"head-{secrets.token_hex(8)}", plan.node_configuration, plan.kevlar.lease, takes="node")
         self._listener = Listener(plan.node.head, keys.load(plan.kevlar.cluster_key_file), sessions, self._on_event)
+        here = split_address(self._listener.address)[0]
+        if keys.is_loopback(here) and not keys.is_loopback(split_address(plan.node.head)[0]):
+            raise ValueError(f"it is {here} here, which no other host reaches; give an address that others reach")
         for each in self._listener.sockets:
             self._watch(each, lambda: None)  # it is looked at in every turn
 
