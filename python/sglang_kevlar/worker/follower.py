@@ -18,12 +18,13 @@ from sglang_kevlar.control.group_end import GroupEnd
 from sglang_kevlar.control.session import TICK, Admitted, Ended, Event, KillArrived, NotJoined, RequestsArrived
 from sglang_kevlar.frontend.shadow_status import ShadowReader
 from sglang_kevlar.protocol.cluster import GroupState, Identity
-from sglang_kevlar.protocol.group import GroupReport, LossKind, ProcessRef
+from sglang_kevlar.protocol.group import GroupReport, ProcessRef
 from sglang_kevlar.protocol.launch import EXIT_CONFIG, LaunchPlan, Paths
 from sglang_kevlar.protocol.nodes import decode
 from sglang_kevlar.worker import group_files
 from sglang_kevlar.worker.local_watch import LocalWatch
 from sglang_kevlar.worker.supervisor import Supervisor, engine_commands
+from sglang_kevlar.worker.terminal_log import log_by
 
 
 class Follower(Supervisor):
@@ -38,6 +39,7 @@ class Follower(Supervisor):
         #: not said yet
         self._unsaid: GroupState | None = None
         super().__init__(paths, plan, group, engine_commands(paths, plan, group, self._meeting), **how)
+        log_by(self._log)
         self._phase = "down"
         # Whether the group ever starts is for the first node to say.
         self._exit_on_failed_start = False
@@ -62,7 +64,10 @@ class Follower(Supervisor):
         self._look_here()
         self._say()
         self._dialler.turn()
-        # A connection is another one after each try.
+        self._watch_connection()
+
+    def _watch_connection(self) -> None:
+        """It is another one after each try, and may end with whatever is sent."""
         now_there = self._dialler.sockets
         for each in [each for each in self._dialled if each not in now_there]:
             self._unwatch(each)
@@ -74,10 +79,11 @@ class Follower(Supervisor):
         state, self._unsaid = self._unsaid, None
         if state is not None:
             self._dialler.change_state(state)
+            self._watch_connection()
 
     def _on_event(self, event: Event) -> None:
         if isinstance(event, Admitted):
-            self.log("joined to the first node")
+            self._log("joined to the first node")
         elif isinstance(event, RequestsArrived):
             self._on_order(event)
         elif isinstance(event, KillArrived):
@@ -85,7 +91,7 @@ class Follower(Supervisor):
                 self._end_by_order(event.cause)
         elif isinstance(event, Ended):
             self._orders.on_over()
-            self._end_by_order(f"the session with the first node ended: {event.reason}", kind="network")
+            self._end_by_order(f"the session with the first node ended: {event.reason}")
         elif isinstance(event, NotJoined) and event.retry_s is None:
             self._exit_status = EXIT_CONFIG
             if self._status is not None:
@@ -100,12 +106,12 @@ class Follower(Supervisor):
         if not self._orders.on_order(event.epoch, order, epoch=self._epoch, running=self._phase in nodes.RUNNING):
             self._dialler.reject(f"an order to start after epoch {event.epoch}, in epoch {self._epoch} ({self._phase})")
 
-    def _end_by_order(self, cause: str, kind: LossKind | None = None) -> None:
+    def _end_by_order(self, cause: str) -> None:
         if self._phase == "stopped":
             for member in self._members.values():
                 member.process.kill()
         elif self._members and not self._ending:
-            self._end_epoch(cause, by_itself=False, kind=kind)
+            self._end_epoch(cause, by_itself=False)
 
     # -- an epoch
 
@@ -144,7 +150,7 @@ class Follower(Supervisor):
             return
         # Said first, and killed by the first node: its ranks would see the end of these, and be taken for the cause.
         self._ending = True
-        self._phase, self._cause = "stopped", "this node shuts down"
+        self._phase, self._cause, self._kind = "stopped", "this node shuts down", None
         self._report()
 
     # -- what is said of it

@@ -25,6 +25,7 @@ from sglang_kevlar.protocol.group import GroupReport, LossKind
 from sglang_kevlar.protocol.launch import LaunchPlan, Paths
 from sglang_kevlar.protocol.nodes import StartNode, encode
 from sglang_kevlar.worker.supervisor import Supervisor, engine_commands, meeting_port
+from sglang_kevlar.worker.terminal_log import log_by
 
 #: seconds between two lines about who is waited for
 _LOG_INTERVAL = 30.0
@@ -43,6 +44,7 @@ class Head(Supervisor):
         self._waiting = ""
         self._told_at = 0.0
         super().__init__(paths, plan, group, engine_commands(paths, plan, group, self._meeting), **how)
+        log_by(self._log)
         self._phase = "down"
 
     # -- the other nodes
@@ -73,7 +75,7 @@ class Head(Supervisor):
         now = time.monotonic()
         if self._waiting and now - self._told_at >= _LOG_INTERVAL:
             self._told_at = now
-            self.log(f"waiting for other nodes ({self._waiting})")
+            self._log(f"waiting for other nodes ({self._waiting})")
 
     def _on_event(self, event: Event) -> None:
         if isinstance(event, Joined):
@@ -82,14 +84,14 @@ class Head(Supervisor):
                 self._listener.end(event.session, f"{event.identity.name} is no node of this group")
                 return
             self._ranks[event.session] = rank
-            self.log(f"node {rank} ({event.identity.host}) has joined")
+            self._log(f"node {rank} ({event.identity.host}) has joined")
             self._act(self._nodes.on_joined(rank, event.session, event.identity.host, event.state))
         elif isinstance(event, StateChanged) and (rank := self._ranks.get(event.session)) is not None:
             self._keep_counters(rank, event.state)
             self._act(self._nodes.on_state(rank, event.state))
         elif isinstance(event, Ended) and (rank := self._ranks.pop(event.session, None)) is not None:
             kind: LossKind = "left" if event.kind == "left" else "network"
-            self.log(f"node {rank} is gone: {event.reason}")
+            self._log(f"node {rank} is gone: {event.reason}")
             self._act(self._nodes.on_left(rank, event.reason, kind))
 
     def _rank_of(self, name: str) -> int | None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
 from typing import Any
 
 import zmq
@@ -26,18 +24,4 @@ def run(paths: Paths, plan: LaunchPlan, group: int, status: StatusWriter | None,
         if status is not None:
             status.send({"status": "failed", "cause": f"--dist-init-addr {plan.node.head}: {problem}"})
         return EXIT_CONFIG
-    logger = logging.getLogger("sglang_kevlar")
-    logger.addHandler(_Terminal(supervisor.log))
-    logger.propagate = False
     return supervisor.run()
-
-
-class _Terminal(logging.Handler):
-    """Through the supervisor's own way to the terminal, which does not wait for it."""
-
-    def __init__(self, log: Callable[[str], None]) -> None:
-        super().__init__(logging.WARNING)
-        self._log = log
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._log(self.format(record))

@@ -104,7 +104,7 @@ class Supervisor:
         self._terminal = PassThrough()
         self._connect()
         self._wakeup = self._catch_signals()
-        self._warm = WarmStart(template, plan.kevlar.start_timeout, self.log, self._watch, self._unwatch)
+        self._warm = WarmStart(template, plan.kevlar.start_timeout, self._log, self._watch, self._unwatch)
 
     # -- the loop
 
@@ -297,7 +297,7 @@ class Supervisor:
         if self._stop_deadline is None:
             for member in self._members.values():
                 member.process.kill()
-            self.log(f"epoch {self._epoch} ended: {cause}; {self._what_next(delay)}")
+            self._log(f"epoch {self._epoch} ended: {cause}; {self._what_next(delay)}")
             failed = self._ready_at is None and not passing and not self._warm.suspect
             if self._exit_on_failed_start and failed and not self._exit_status:
                 self._exit_status = EXIT_FAILED_START
@@ -315,7 +315,7 @@ class Supervisor:
 
     def _clean_up(self) -> None:
         if not end_recorded(self._paths, f"g{self._group}."):
-            self.log("processes of an earlier epoch do not end")
+            self._log("processes of an earlier epoch do not end")
         group_files.remove(self._paths, self._plan.launch_id, self._group)
 
     def _on_epoch_gone(self) -> None:
@@ -344,7 +344,7 @@ class Supervisor:
             message = msgspec.msgpack.decode(self._control.recv(zmq.NOBLOCK), type=KillGroup)
         except (zmq.Again, msgspec.DecodeError) as error:
             if not isinstance(error, zmq.Again):
-                self.log(f"ignored a message that is not ours: {error}")
+                self._log(f"ignored a message that is not ours: {error}")
             return
         current = message.group == self._group and message.epoch == self._epoch
         if current and self._members and not self._ending:
@@ -356,21 +356,20 @@ class Supervisor:
         down = self._phase in ("down", "stopped")
         ready = self._phase == "ready"
         rank0 = self._members.get("rank0")
-        self._tell(
-            GroupReport(
-                group=self._group,
-                epoch=self._epoch,
-                phase=self._phase,
-                supervisor=self._self_ref,
-                members=[] if down else [ProcessRef(m.name, *m.process.identity) for m in self._members.values()],
-                init_info=rank0.init_info if rank0 is not None and ready else None,
-                shadow_endpoints=self._shadow_endpoints() if ready else [],
-                cause=self._cause,
-                kind=self._kind if down else None,
-                failed_starts=self._failed_starts,
-                retry_in=max(0.0, self._next_start - now) if down else 0.0,
-            )
+        report = GroupReport(
+            group=self._group,
+            epoch=self._epoch,
+            phase=self._phase,
+            supervisor=self._self_ref,
+            members=[] if down else [ProcessRef(m.name, *m.process.identity) for m in self._members.values()],
+            init_info=rank0.init_info if rank0 is not None and ready else None,
+            shadow_endpoints=self._shadow_endpoints() if ready else [],
+            cause=self._cause,
+            kind=self._kind if down else None,
+            failed_starts=self._failed_starts,
+            retry_in=max(0.0, self._next_start - now) if down else 0.0,
         )
+        self._tell(report)
 
     def _tell(self, report: GroupReport) -> None:
         try:
@@ -410,7 +409,7 @@ class Supervisor:
 
     def _stop(self) -> None:
         self._ending = True
-        self._phase, self._cause = "stopped", "shutdown"
+        self._phase, self._cause, self._kind = "stopped", "shutdown", None
         for member in self._members.values():
             member.process.signal(signal.SIGTERM)
 
@@ -418,7 +417,7 @@ class Supervisor:
         """What members left behind, and what forked them."""
         reap_adopted({member.process.pid for member in self._members.values()} | self._warm.pids)
 
-    def log(self, text: str) -> None:
+    def _log(self, text: str) -> None:
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
         self._terminal.write(f"[{stamp} kevlar] worker group {self._group}: {text}\n".encode())
 
@@ -440,6 +439,7 @@ def engine_commands(paths: Paths, plan: LaunchPlan, group: int, meeting: Callabl
 
 
 def meeting_port(plan: LaunchPlan, group: int) -> int:
+    """On this host, for the next epoch."""
     return free_port(group, plan.kevlar.worker_groups, taken=(plan.port,))
 
 
