@@ -15,6 +15,7 @@ import pytest
 import zmq
 from supervised_group import LAUNCH_ID, MEMBER, alive, eventually, pid_of
 
+from sglang_kevlar.launcher.status import EXIT_FAILED_START
 from sglang_kevlar.protocol.cluster import Configuration
 from sglang_kevlar.protocol.group import GroupReport, KillGroup
 from sglang_kevlar.protocol.launch import EXIT_CONFIG, JoinArgs, KevlarArgs, LaunchPlan, NodeArgs, Paths
@@ -40,12 +41,14 @@ def members(paths, plan, group, meeting):
     return commands
 
 follower.engine_commands = head.engine_commands = members
-sys.exit(nodes.run(Paths(run_dir), plan, 0, status, {}))
+sys.exit(nodes.run(Paths(run_dir), plan, 0, status, {"exit_on_failed_start": sys.argv[3] == "1"}))
 """
 
 
 class Node:
-    def __init__(self, run_dir: Path, rank: int, head: str, flags: dict[str, str], code: str = "") -> None:
+    def __init__(
+        self, run_dir: Path, rank: int, head: str, flags: dict[str, str], code: str = "", fail_fast: bool = False
+    ) -> None:
         run_dir.mkdir()
         self.run_dir = run_dir
         self.paths = Paths(str(run_dir))
@@ -67,12 +70,12 @@ class Node:
         for name in ("rank0", "rank1", "detokenizer"):
             (run_dir / f"{name}.py").write_text(textwrap.dedent(code) if name == f"rank{rank}" else "")
         self.process: subprocess.Popen[bytes] | None = None
-        self.start()
+        self.start(fail_fast)
 
-    def start(self) -> None:
+    def start(self, fail_fast: bool = False) -> None:
         self._status, writer = os.pipe()
         search = os.pathsep.join([str(self.run_dir), os.environ.get("PYTHONPATH", "")])
-        command = [sys.executable, "-c", SUPERVISOR, str(self.run_dir), str(writer)]
+        command = [sys.executable, "-c", SUPERVISOR, str(self.run_dir), str(writer), str(int(fail_fast))]
         environment = {**os.environ, "PYTHONPATH": search}
         self.process = subprocess.Popen(command, pass_fds=[writer], env=environment, stderr=subprocess.DEVNULL)
         os.close(writer)
@@ -120,9 +123,9 @@ class Group:
         self.router = self._context.socket(zmq.ROUTER)
         self.nodes: list[Node] = []
 
-    def start(self, rank: int, code: str = "") -> Node:
+    def start(self, rank: int, code: str = "", fail_fast: bool = False) -> Node:
         """``code``: what its rank does before it is ready."""
-        node = Node(self._directory / f"n{rank}", rank, self.at, self._flags[rank], code)
+        node = Node(self._directory / f"n{rank}", rank, self.at, self._flags[rank], code, fail_fast)
         self.nodes.append(node)
         if rank == 0:
             self.router.bind(node.paths.control)
@@ -287,6 +290,20 @@ def test_a_rank_that_does_not_start_on_the_second_node_is_said_and_tried_again(g
     assert "node 1 (h1)" in down.cause
     (second.run_dir / "rank1.py").write_text("")
     group.report("ready", after=down.epoch)
+
+
+def test_a_first_start_that_fails_by_itself_ends_the_first_node_and_one_that_lost_a_node_does_not(group: Group) -> None:
+    first = group.start(0, fail_fast=True)
+    second = group.start(1, "time.sleep(1000)")
+    group.report("starting", after=0)
+    second.signal(signal.SIGKILL)
+    second.wait()
+    group.report("down", after=0, cause="node 1 (h1)")
+    (second.run_dir / "rank1.py").write_text('say(status="error", error="no room"); sys.exit(1)')
+    second.start(fail_fast=True)
+    assert first.wait() == EXIT_FAILED_START
+    assert "rank1 failed to start: no room" in first.said().decode()
+    assert second.process is not None and second.process.poll() is None
 
 
 def test_other_flags_are_refused_by_name(tmp_path: Path) -> None:
