@@ -28,6 +28,10 @@ def known_fields(version: str = SUPPORTED[0]) -> frozenset[str]:
     return frozenset(line for line in lines if line and not line.startswith("#"))
 
 
+#: what a group on several hosts joins with, in the values of one that is on one host
+OF_NODES: dict[str, Any] = {"nnodes": 1, "node_rank": 0, "dist_init_addr": None}
+
+
 def option(field: str) -> str:
     """The command-line spelling of a ServerArgs field."""
     return _OPTIONS.get(field, "--" + field.replace("_", "-"))

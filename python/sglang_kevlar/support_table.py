@@ -39,7 +39,9 @@ def _one_of(field: str, values: tuple[str, ...], reason: str) -> Refused:
 
 
 _REPLICAS = "worker groups are the replicas here, and fail over to each other; use --worker-groups"
-_ONE_HOST = "a worker group is on one host"
+_JOINS = (
+    "a worker group over several hosts is one that joins: `launch_worker_group --join ... --nnodes`, where it is served"
+)
 _GRPC = "requests that do not come through the HTTP server have no journal and could not be continued"
 _PD = "a group prefills and decodes; prefill-decode disaggregation moves KV outside our journal"
 _ENCODER = "encoder disaggregation is for multimodal models, which are not served"
@@ -55,9 +57,9 @@ _DEBUG_FILES = "all groups would write the same files; debug with --stock"
 REFUSED: tuple[Refused, ...] = (
     _above("dp_size", 1, _REPLICAS),
     Refused("enable_dp_attention", "set", bool, "data-parallel attention needs --dp-size; " + _REPLICAS),
-    _above("nnodes", 1, _ONE_HOST),
-    _above("node_rank", 0, _ONE_HOST),
-    _set("dist_init_addr", "every start of every group has a rendezvous of its own"),
+    _above("nnodes", 1, _JOINS),
+    _above("node_rank", 0, _JOINS),
+    _set("dist_init_addr", "every start of every group has a rendezvous of its own; " + _JOINS),
     _set("nccl_port", "every start of every group picks a free port of its own"),
     _set("gated_launch_port", _PORT),
     _above("tokenizer_worker_num", 1, "the journal is in one frontend process"),

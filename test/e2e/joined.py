@@ -6,12 +6,16 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from server import Server, free_port
 
 from net.hosts import Host
+
+#: in front of a command: in a /dev/shm that no other process has
+APART = ("unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /dev/shm && exec "$@"', "sh")
 
 
 def cluster_key(directory: Path) -> Path:
@@ -33,22 +37,33 @@ class Cluster:
         self._key = ("--cluster-key-file", str(cluster_key(directory)))
         self.listen = ("--listen", self.address, *self._key)
 
-    def join(self, name: str, *flags: str, frontends: str | None = None, host: Host | None = None) -> Joined:
+    def join(
+        self,
+        name: str,
+        *flags: str,
+        frontends: str | None = None,
+        host: Host | None = None,
+        log: str | None = None,
+        apart: bool = False,
+    ) -> Joined:
+        """``apart``: with shared memory of its own, as another host has."""
         command = ["--join", frontends or self.address, "--name", name, *self._key, *flags]
         if host is not None:
             command += ["--host-label", host.name, "--advertise", host.address]
-        return Joined(name, command, self.directory / f"{name}.log", host)
+        return Joined(name, command, self.directory / f"{log or name}.log", host, APART if apart else ())
 
 
 class Joined:
     """One `python -m sglang_kevlar.launch_worker_group`."""
 
-    def __init__(self, name: str, flags: list[str], log: Path, host: Host | None = None) -> None:
+    def __init__(
+        self, name: str, flags: list[str], log: Path, host: Host | None = None, within: Sequence[str] = ()
+    ) -> None:
         self.name = name
         self.log = log
         self._output = log.open("ab")
         self.process = (subprocess.Popen if host is None else host.popen)(
-            [sys.executable, "-m", "sglang_kevlar.launch_worker_group", *flags],
+            [*within, sys.executable, "-m", "sglang_kevlar.launch_worker_group", *flags],
             stdout=self._output,
             stderr=subprocess.STDOUT,
             env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -7,7 +7,7 @@ import pytest
 
 from sglang_kevlar import join_config
 from sglang_kevlar.launcher.prepare import for_groups
-from sglang_kevlar.protocol.launch import KevlarArgs
+from sglang_kevlar.protocol.launch import KevlarArgs, NodeArgs
 
 AT = "127.0.0.1:1000"
 
@@ -29,6 +29,13 @@ def test_ours_and_theirs() -> None:
     )
     assert flags.frontends == [AT, "[::1]:2"] and flags.name == "a-1" and flags.standby
     assert flags.given == {"hang_timeout": 9.0} and theirs == ["--tp-size", "2", "--device", "cpu"]
+
+
+def test_a_node_of_a_group_on_several_hosts() -> None:
+    argv = ["--join", AT, "--nnodes", "2", "--node-rank", "1", "--dist-init-addr", "127.0.0.1:5", "--tp-size", "4"]
+    flags, theirs = join_config.split_args(argv)
+    assert flags.node == NodeArgs(count=2, rank=1, head="127.0.0.1:5") and theirs == ["--tp-size", "4"]
+    assert join_config.split_args(["--join", AT, "--nnodes", "1"])[0].node is None
 
 
 def test_settings_are_the_frontends_but_for_what_is_given_and_what_is_of_a_host() -> None:
@@ -54,6 +61,21 @@ def test_settings_are_the_frontends_but_for_what_is_given_and_what_is_of_a_host(
         (["--join", f"{AT},{AT}"], "argument --join: must be at most 16 frontends, each once"),
         (["--join", AT, "--name=-x"], "argument --name: must be 1 to 64"),
         (["--join", AT, "--host-label", "a b"], "argument --host-label: must be 1 to 64"),
+        (["--join", AT, "--nnodes", "0"], "argument --nnodes: must be at least 1, got 0"),
+        (["--join", AT, "--node-rank", "1"], "argument --nnodes: --node-rank and --dist-init-addr are for a group on"),
+        (["--join", AT, "--nnodes", "2", "--node-rank", "1"], "argument --nnodes: 2 nodes need --node-rank and --dist"),
+        (
+            ["--join", AT, "--nnodes", "2", "--node-rank", "2", "--dist-init-addr", AT],
+            "argument --node-rank: must be 0 to 1, got 2",
+        ),
+        (
+            ["--join", AT, "--nnodes", "2", "--node-rank", "0", "--dist-init-addr", "here"],
+            "argument --dist-init-addr: must be HOST:PORT, got 'here'",
+        ),
+        (
+            ["--join", AT, "--nnodes", "2", "--node-rank", "0", "--dist-init-addr", "10.0.0.1:1000"],
+            "argument --dist-init-addr: 10.0.0.1:1000 is not a loopback address, which needs a cluster key",
+        ),
         (["--join", AT, "--stop-grace", "0"], "argument --stop-grace: must be a positive number"),
         (
             ["--join", "10.0.0.1:1000"],

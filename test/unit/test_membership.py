@@ -265,6 +265,21 @@ def test_an_idle_rank_may_wait_for_a_busy_one(phase, limit):
     assert event is not None and "rank1" in event.cause
 
 
+def test_an_idle_rank_may_wait_for_one_on_another_host():
+    membership = ready()
+    watcher = Watcher(membership)
+    beats = {"rank0": watcher.beat(Phase.IDLE)}
+    membership.on_report(report(1, "ready", busy_elsewhere=True), watcher.now)
+    assert watcher.watch(100, beats=beats, report_too=False) is None
+    event = watcher.watch(4, beats=beats)
+    assert event is not None and event.kind == "hang"
+
+
+def test_what_its_supervisor_alone_can_know_is_the_kind_of_the_loss():
+    events = ready().on_report(report(1, "down", cause="node 1 (b): silent", kind="network"), 101)
+    assert [(e.kind, e.cause) for e in events] == [("network", "node 1 (b): silent")]
+
+
 def test_starting_group_is_not_judged():
     membership = Membership(ARGS)
     membership.on_report(report(1, "starting"), 100)

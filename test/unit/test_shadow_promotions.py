@@ -19,7 +19,7 @@ from sglang_kevlar.protocol.shadow import Held, ShadowCounters
 from sglang_kevlar.shadow import lookup
 from sglang_kevlar.shadow.lookup import AHEAD_LEAST, Lookups, PromoteReq
 from sglang_kevlar.shadow.rank import RankShadow
-from sglang_kevlar.shadow.sockets import frame, listen
+from sglang_kevlar.shadow.sockets import dial, frame, listen
 from sglang_kevlar.shadow.store import ShadowStore
 from sglang_kevlar.worker.resume import ShadowPlanReq
 
@@ -44,7 +44,9 @@ class World:
         self.rank = RankShadow.__new__(RankShadow)
         self.rank._store = self.store
         self.rank._ahead_at = 0.0
-        self.rank._lookups = Lookups(self.store, BLOCK, BLOCK_BYTES, tree, [], lambda: self.audit, self.counters)
+        self.rank._lookups = Lookups(
+            self.store, BLOCK, BLOCK_BYTES, tree, lambda: [], dial, lambda: self.audit, self.counters
+        )
         self.rank.exporter = SimpleNamespace(content="old")  # type: ignore[assignment]
         self.spare = 1000
         self.audit = False
@@ -194,7 +196,7 @@ def test_work_for_ranks_that_have_nothing_or_say_nothing_is_bounded(
     """Another rank has no store: no pass looks at more than one request, and soon at none."""
     monkeypatch.setattr(lookup, "LOOKUP_TIMEOUT", 0.05)
     lookups = world.rank._lookups
-    lookups._peers = [f"ipc://{tmp_path}/nobody"]
+    lookups._sockets = [dial(f"ipc://{tmp_path}/nobody")]
     for number in range(3):
         start = 1000 * number
         world.put(list(range(start, start + 64)), b"%d" % number)
@@ -215,7 +217,7 @@ def test_what_another_rank_answers_and_nobody_can_read_is_no_answer(
 ) -> None:
     monkeypatch.setattr(lookup, "LOOKUP_TIMEOUT", 0.2)
     peer = f"ipc://{tmp_path}/peer"
-    world.rank._lookups._peers = [peer]
+    world.rank._lookups._sockets = [dial(peer)]
     other = listen(peer)
 
     def answer_nonsense() -> None:

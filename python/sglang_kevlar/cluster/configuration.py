@@ -9,6 +9,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
+import msgspec
 from sglang.srt.arg_groups.model_override_base import model_config_of
 from sglang.srt.arg_groups.overrides import resolving_view
 from sglang.srt.server_args import ServerArgs
@@ -16,6 +17,7 @@ from sglang.srt.server_args import ServerArgs
 from sglang_kevlar import __version__
 from sglang_kevlar.cluster import fingerprint
 from sglang_kevlar.protocol.cluster import Configuration, clip
+from sglang_kevlar.protocol.launch import KevlarArgs
 
 #: Flags in which groups of one server may differ: where things are, what room there is, what is logged and measured,
 #: what the frontend does with them. Everything else must be equal.
@@ -26,7 +28,8 @@ _MAY_DIFFER = """
     mem_fraction_static max_running_requests max_queued_requests max_total_tokens chunked_prefill_size
     max_prefill_tokens prefill_max_requests schedule_conservativeness cpu_offload_gb cuda_graph_config
     cuda_graph_max_bs_decode cuda_graph_max_bs_prefill cuda_graph_bs_decode cuda_graph_bs_prefill device
-    base_gpu_id gpu_id_step numa_node nccl_port dist_timeout dist_init_addr gated_launch_port enable_p2p_check
+    base_gpu_id gpu_id_step numa_node nccl_port dist_timeout dist_init_addr nnodes node_rank gated_launch_port
+    enable_p2p_check
     watchdog_timeout soft_watchdog_timeout sleep_on_idle gc_threshold gc_warning_threshold_secs host port
     fastapi_root_path skip_server_warmup warmups enable_http2 http2_max_concurrent_streams
     http2_initial_connection_window_size ssl_keyfile ssl_certfile ssl_ca_certs ssl_keyfile_password
@@ -46,14 +49,48 @@ _OWN_FIELD = frozenset(
     ["tp_size", "pp_size", "dtype", "quantization", "kv_cache_dtype", "page_size", "context_length", "lora_paths"]
 )
 
+#: ours that all ranks of a group must have in common
+_KEVLAR_OF_A_GROUP = (
+    "standby_groups",
+    "shadow_memory",
+    "shadow_min_context",
+    "shadow_transport",
+    "shadow_audit",
+    "hang_timeout",
+    "hang_per_ktoken",
+    "start_timeout",
+    "control_timeout",
+    "allow_chaos",
+)
+
 _NOT_COMPARED = frozenset((*_MAY_DIFFER, *_OWN_FIELD))
+
+
+#: Flags in which the nodes of one group may differ, too: where things are on a host, and what is logged there. In all
+#: else their ranks must not: they decide in step with each other.
+_OF_A_NODE = """
+    model_path tokenizer_path download_dir weight_loader_disable_mmap weight_loader_prefetch_checkpoints
+    weight_loader_prefetch_num_threads weight_loader_drop_cache_after_load base_gpu_id gpu_id_step numa_node nccl_port
+    dist_init_addr node_rank gated_launch_port host port fastapi_root_path ssl_keyfile ssl_certfile ssl_ca_certs
+    ssl_keyfile_password api_key admin_api_key file_storage_path log_level log_level_http log_requests
+    log_requests_level log_requests_format log_requests_target crash_dump_folder show_time_cost decode_log_interval
+    export_metrics_to_file_dir
+""".split()  # noqa: SIM905 - a list of that would be a page long
+
+
+def of_node(server_args: ServerArgs, common: Configuration, kevlar: KevlarArgs) -> Configuration:
+    """What the nodes of one group must have in common. ``common``: that with other groups."""
+    view = resolving_view(server_args)
+    shown = {field: clip(str(getattr(kevlar, field))) for field in _KEVLAR_OF_A_GROUP}
+    flags = _flags(lambda name: getattr(view, name), but=frozenset((*_OF_A_NODE, *_OWN_FIELD)))
+    return msgspec.structs.replace(common, other={**common.other, **flags, **shown})
 
 
 def of(server_args: ServerArgs) -> Configuration:
     """Of a launch whose arguments are resolved. Raises OSError when the model's files cannot be read."""
     view = resolving_view(server_args)
     model = model_config_of(server_args)
-    other = _flags(lambda name: getattr(view, name))
+    other = _flags(lambda name: getattr(view, name), _NOT_COMPARED)
     if view.tokenizer_path not in (None, server_args.model_path):
         other["tokenizer"] = _digest(view.tokenizer_path, server_args.revision, model)
     adapters = {ref.lora_name: ref.lora_id for ref in view.lora_paths or ()}
@@ -81,11 +118,11 @@ def _digest(path: str, revision: str | None, model: Any) -> str:
     return hashlib.blake2b(described.encode(), digest_size=16).hexdigest()
 
 
-def _flags(value_of: Callable[[str], Any]) -> dict[str, str]:
+def _flags(value_of: Callable[[str], Any], but: frozenset[str]) -> dict[str, str]:
     """Those that differ from upstream's defaults, which both sides have in common: they are of one version."""
     found = {}
     for field in ServerArgs.__struct_fields__:
-        if field.startswith("_") or field in _NOT_COMPARED:
+        if field.startswith("_") or field in but:
             continue
         value = value_of(field)
         if value not in (None, False, "", (), []):

@@ -25,18 +25,33 @@ class Dialler:
     A context of its own: ZMQ looks names up in the context's only thread, and another frontend must not wait for that.
     """
 
-    def __init__(self, address: str, key: ClusterKey | None, end: GroupEnd, on_event: Callable[[Event], None]) -> None:
+    def __init__(
+        self,
+        address: str,
+        key: ClusterKey | None,
+        end: GroupEnd,
+        on_event: Callable[[Event], None],
+        whom: str = "frontend",
+    ) -> None:
+        """``whom``: who listens there, in the log."""
         self.address = address
         self.end = end
         self.on_event = on_event
         self._key = key
+        self._whom = whom
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._dealer: Dealer | None = None
         self._log = RareLog(logger)
-        self._driver = Driver(self._turn, self._log)
+        self._driver = Driver(self.turn, self._log)
         self._pending: deque[Effect] = deque()
         self._acting = False
         self._tick_at = 0.0
+
+    @property
+    def sockets(self) -> list[zmq.Socket[bytes]]:
+        """For an owner with a poller of ZMQ's, which calls `turn` when one of them is readable, and every `TICK`; they
+        may be others after each call."""
+        return [] if self._dealer is None else self._dealer.sockets
 
     def start(self) -> None:
         """On the running event loop."""
@@ -48,7 +63,7 @@ class Dialler:
             self._dealer.poll(seconds)
         else:
             time.sleep(seconds)
-        self._turn()
+        self.turn()
 
     def change_state(self, state: GroupState) -> None:
         self._act(self.end.change_state(state, time.monotonic()))
@@ -68,7 +83,8 @@ class Dialler:
         self._hang_up()
         self._context.term()
 
-    def _turn(self) -> bool:
+    def turn(self) -> bool:
+        """Act on what has come, and on the time. Whether there may be more."""
         now = time.monotonic()
         dealer, more = self._dealer, False
         if dealer is not None:
@@ -98,7 +114,7 @@ class Dialler:
         self._act(self.end.on_message(message, now))
 
     def _on_bad(self, problem: str, now: float) -> None:
-        self._log("bad", "a bad message from the frontend at %s: %s", self.address, problem)
+        self._log("bad", "a bad message from the %s at %s: %s", self._whom, self.address, problem)
         self._act(self.end.on_bad_frame(problem, now))
 
     def _act(self, effects: list[Effect]) -> None:
@@ -124,11 +140,11 @@ class Dialler:
             self._dial(now)
         else:
             if isinstance(effect, NotJoined):
-                self._log("not joined", "not joined to the frontend at %s: %s", self.address, effect.reason)
+                self._log("not joined", "not joined to the %s at %s: %s", self._whom, self.address, effect.reason)
             try:
                 self.on_event(effect)
             except Exception:
-                logger.exception("handling %s of the frontend at %s", type(effect).__name__, self.address)
+                logger.exception("handling %s of the %s at %s", type(effect).__name__, self._whom, self.address)
 
     def _dial(self, now: float) -> None:
         self._hang_up()

@@ -26,7 +26,7 @@ def completed(kevlar: KevlarArgs, join: JoinArgs | None) -> KevlarArgs:
     if address is None:
         address = _own(kevlar.listen) if kevlar.listen is not None else None
         if join is not None:
-            address = _towards(join.frontends[0])
+            address = towards(join.frontends[0])
     return msgspec.structs.replace(kevlar, advertise=address, host_label=kevlar.host_label or label())
 
 
@@ -45,9 +45,9 @@ def _own(listen: str) -> str | None:
     return None if is_loopback(found) else found
 
 
-def _towards(frontend: str) -> str | None:
-    """The address of this host from which the frontend is reached. Sends nothing."""
-    host, port = split_address(frontend)
+def towards(there: str) -> str | None:
+    """The address of this host from which that one, HOST:PORT, is reached. Sends nothing."""
+    host, port = split_address(there)
     try:
         family, kind, proto, _, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind, proto) as probe:

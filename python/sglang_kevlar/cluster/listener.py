@@ -7,6 +7,8 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+import zmq
+
 from sglang_kevlar.cluster.driver import Driver, RareLog
 from sglang_kevlar.cluster.keys import ClusterKey
 from sglang_kevlar.cluster.router import Router
@@ -35,7 +37,7 @@ class Listener:
         self.on_event = on_event
         self._router = Router(address, key)
         self._log = RareLog(logger)
-        self._driver = Driver(self._turn, self._log)
+        self._driver = Driver(self.turn, self._log)
         self._driver.watch(self._router.fds)
         self._pending: deque[Effect] = deque()
         self._acting = False
@@ -44,6 +46,11 @@ class Listener:
     @property
     def address(self) -> str:
         return self._router.address
+
+    @property
+    def sockets(self) -> list[zmq.Socket[bytes]]:
+        """For an owner with a poller of ZMQ's, which calls `turn` when one of them is readable, and every `TICK`."""
+        return self._router.sockets
 
     @property
     def connections(self) -> int:
@@ -56,7 +63,7 @@ class Listener:
     def poll(self, seconds: float) -> None:
         """Wait until something comes, at most so long, and act on it."""
         self._router.poll(seconds)
-        self._turn()
+        self.turn()
 
     def requests(self, session: str, epoch: int, payload: bytes) -> None:
         """To a session that is over nothing is sent. Raises ValueError for what is too large."""
@@ -75,7 +82,8 @@ class Listener:
         self._driver.stop()
         self._router.close()
 
-    def _turn(self) -> bool:
+    def turn(self) -> bool:
+        """Act on what has come, and on the time. Whether there may be more."""
         now = time.monotonic()
         arrivals, more = self._router.read(now)
         for arrival in arrivals:

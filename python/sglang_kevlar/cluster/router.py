@@ -102,12 +102,17 @@ class Router:
         return [int(self._socket.getsockopt(zmq.FD)), int(self._monitor.socket.getsockopt(zmq.FD))]
 
     @property
+    def sockets(self) -> list[zmq.Socket[bytes]]:
+        """The same for a poller of ZMQ's."""
+        return [self._socket, self._monitor.socket]
+
+    @property
     def connections(self) -> int:
         return len(self._connections)
 
     def poll(self, seconds: float) -> None:
         """Wait until there may be something to read."""
-        wait(seconds, self._socket, self._monitor.socket)
+        wait(seconds, *self.sockets)
 
     def read(self, now: float) -> tuple[list[Arrival], bool]:
         """What has arrived, and whether there may be more."""

@@ -148,8 +148,13 @@ class Dealer:
     def fds(self) -> list[int]:
         return [int(self._socket.getsockopt(zmq.FD)), int(self._monitor.socket.getsockopt(zmq.FD))]
 
+    @property
+    def sockets(self) -> list[zmq.Socket[bytes]]:
+        """The same for a poller of ZMQ's."""
+        return [self._socket, self._monitor.socket]
+
     def poll(self, seconds: float) -> None:
-        wait(seconds, self._socket, self._monitor.socket)
+        wait(seconds, *self.sockets)
 
     def read(self) -> tuple[list[Arrival], bool]:
         """What has arrived, and whether there may be more. Nothing comes after `Closed`."""

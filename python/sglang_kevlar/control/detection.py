@@ -111,14 +111,17 @@ class EpochWatch:
         self._args = args
         self._at = now
         self._silence = 0.0
+        self._busy_elsewhere = False
         #: name -> (monotonic time first seen stopped, watched seconds since)
         self._stopped: dict[str, tuple[float, float]] = {}
         self._phases: dict[str, PhaseWatch] = {}
         self._errors: deque[float] = deque(maxlen=max(1, args.error_budget))
         self.suspicions: tuple[str, ...] = ()
 
-    def on_report(self) -> None:
+    def on_report(self, busy_elsewhere: bool = False) -> None:
+        """``busy_elsewhere``: ranks that are not seen here are at a long step."""
         self._silence = 0.0
+        self._busy_elsewhere = busy_elsewhere
 
     def on_internal_error(self, now: float) -> Loss | None:
         """Count one; a loss when the budget is used up within the window."""
@@ -158,7 +161,7 @@ class EpochWatch:
     def _observe_phases(self, obs: Observation, tick: float, now: float, suspicions: list[str]) -> Loss | None:
         loss = None
         # An idle rank's loop turns together with those of the others, so it may wait for one that is busy.
-        busy = any(beat.phase in _BUSY for beat in obs.beats.values())
+        busy = self._busy_elsewhere or any(beat.phase in _BUSY for beat in obs.beats.values())
         for name, beat in obs.beats.items():
             watch = self._phases.get(name)
             if watch is None or not watch.same_phase(beat):

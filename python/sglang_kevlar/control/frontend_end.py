@@ -155,10 +155,12 @@ class Sessions:
         lease: float,
         setup: Setup | None = None,
         identity: Identity | None = None,
+        takes: Literal["group", "node"] = "group",
     ) -> None:
-        """``identity``: of a frontend that other frontends join."""
+        """``identity``: of a frontend that other frontends join. ``takes`` nodes: the first node of a group does."""
         self.frontend = frontend
         self.identity = identity
+        self._takes = takes
         self.configuration = configuration
         #: what those are told that ask before they start
         self.setup = setup
@@ -247,31 +249,30 @@ class Sessions:
         if self.closed is not None:
             return _refused(sender, ask.session, *self.closed)
         if self.setup is None:
-            return _refused(sender, ask.session, "this frontend tells nobody with what to start", None)
+            return _refused(sender, ask.session, "nobody is told with what to start here", None)
         return [Send(sender, Told(session=ask.session, setup=self.setup)), HangUp(sender)]
 
     def _join(self, sender: bytes, join: Join, now: float) -> list[Effect]:
         identity, effects = join.identity, list[Effect]()
         if identity.kind == "frontend" and self.identity is None:
             return _refused(sender, join.session, "no --peers here, or it does not serve yet", RETRY)
+        if identity.kind not in ("frontend", self._takes):
+            return _refused(sender, join.session, f"a {self._takes} joins here, not a {identity.kind}", None)
         if join.version != CLUSTER_VERSION:
             return _refused(sender, join.session, _other_version(join.version), None)
         if self.closed is not None:
             return _refused(sender, join.session, *self.closed)
         if differences := self.configuration.differences(join.configuration):
-            return _refused(
-                sender,
-                join.session,
-                f"the frontend (here) and the group (there) differ: {'; '.join(differences)}",
-                None,
-            )
+            here = "the first node" if self._takes == "node" else "the frontend"
+            both = f"{here} (here) and the {identity.kind} (there)"
+            return _refused(sender, join.session, f"{both} differ: {'; '.join(differences)}", None)
         name = (identity.kind, identity.name)
         namesake = self._by_name.get(name)
         if namesake is not None:
             if namesake.identity.instance != identity.instance:
                 host = namesake.identity.host
                 taken = f"a {identity.kind} named {identity.name} is joined already, from host {host}"
-                reason = f"{taken}; give this one another name"
+                reason = taken if identity.kind == "node" else f"{taken}; give this one another name"
                 return _refused(sender, join.session, reason, RETRY)
             effects += self._settle(namesake, namesake.end("replaced", "its group has joined again", now))
         if join.session in self._by_session:

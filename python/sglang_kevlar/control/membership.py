@@ -136,12 +136,12 @@ class Membership:
             g.cause = report.cause
             g.kill = None
             g.watch = EpochWatch(self._args, now)
-        g.watch.on_report()
+        g.watch.on_report(report.busy_elsewhere)
         g.failed_starts = report.failed_starts
         if report.phase in ("down", "stopped"):
             cause = report.cause or ("shut down" if report.phase == "stopped" else "reported down")
             if g.stage == "ready":
-                lost = self._lose(g, Loss("report", cause, now), now)
+                lost = self._lose(g, Loss(report.kind or "report", cause, now), now)
                 events += [e for e in lost if not isinstance(e, GroupKill)]
             g.stage = "down"
             g.cause = cause

@@ -19,11 +19,14 @@ class ShadowReader:
 
     def read(self, group: int, epoch: int) -> list[ShadowCounters]:
         """One a rank that keeps a shadow; empty while there are none."""
-        found = []
+        return list(self.by_rank(group, epoch).values())
+
+    def by_rank(self, group: int, epoch: int) -> dict[int, ShadowCounters]:
+        found = {}
         for rank in range(self._ranks):
             try:
                 with open(self._paths.shadow_counters(group, epoch, rank), "rb") as file:
-                    found.append(msgspec.json.decode(file.read(), type=ShadowCounters))
+                    found[rank] = msgspec.json.decode(file.read(), type=ShadowCounters)
             except (OSError, msgspec.DecodeError):
                 continue
         return found

@@ -18,7 +18,7 @@ from sglang_kevlar.control.backoff import Backoff
 from sglang_kevlar.launcher import main, rundir
 from sglang_kevlar.launcher.process import PARENT_ENV
 from sglang_kevlar.protocol.cluster import Ask, BadFrame, Over, Refused, Setup, Told, decode, encode, to_group
-from sglang_kevlar.protocol.launch import EXIT_CONFIG, JoinArgs
+from sglang_kevlar.protocol.launch import EXIT_CONFIG, JoinArgs, NodeArgs
 
 #: seconds for a connection and an answer
 ANSWER_TIME = 5.0
@@ -90,6 +90,13 @@ def _setup(frame: bytes) -> Setup:
     raise _NoAnswer(message.reason if isinstance(message, Refused | Over) else "no answer to the question")
 
 
+def _nodes(node: NodeArgs | None) -> list[str]:
+    """For upstream."""
+    if node is None:
+        return []
+    return ["--nnodes", str(node.count), "--node-rank", str(node.rank), "--dist-init-addr", node.head]
+
+
 def run(argv: Sequence[str]) -> int:
     """``launch_worker_group`` with these arguments. Returns the exit status."""
     if "--version" in argv:
@@ -110,12 +117,14 @@ def run(argv: Sequence[str]) -> int:
         return EXIT_CONFIG
     except KeyboardInterrupt:
         return 130
-    internal = main.Internal(front=main.GATEWAY)
+    follows = flags.node is not None and flags.node.rank > 0
+    # The gateway of a group on several hosts is on the first.
+    internal = main.Internal(front=main.GATEWAY, groups_only=follows, follows=follows)
     host = kevlar.host_label or hosts.label()
 
     def commands(run_dir: rundir.RunDir) -> main.Commands:
         name = flags.name or f"{host[:48]}-{run_dir.launch_id}"
-        join = JoinArgs(frontends=flags.frontends, name=name, host=host, standby=flags.standby)
-        return main.engine_commands(run_dir, kevlar, internal, [*setup.argv, *upstream_argv], join)
+        join = JoinArgs(frontends=flags.frontends, name=name, host=host, standby=flags.standby, node=flags.node)
+        return main.engine_commands(run_dir, kevlar, internal, [*setup.argv, *upstream_argv, *_nodes(flags.node)], join)
 
     return main.launch(kevlar, internal, commands)

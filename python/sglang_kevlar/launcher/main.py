@@ -49,6 +49,8 @@ class Internal(msgspec.Struct, frozen=True, kw_only=True):
     """How `sglang_kevlar.Engine` starts the launcher: it is the frontend itself."""
 
     groups_only: bool = False
+    #: a later node of a group: its supervisor is told by the first one what there is to do, and whether it may
+    follows: bool = False
     #: the launcher ends when this process does
     owner_pid: int | None = None
     #: the process that stands between the groups and their clients
@@ -219,7 +221,7 @@ class Launcher:
                 self._end_groups()
             return
         what = role.name if role.group is None else f"worker group {role.group}"
-        if status == EXIT_CONFIG and (role.group is None or not self._any_ready()):
+        if status == EXIT_CONFIG and (role.group is None or self._internal.follows or not self._any_ready()):
             self._fail(f"{what} cannot work with this configuration", role, EXIT_CONFIG)
         elif status == EXIT_FAILED_START and not self._any_ready():
             self._fail(f"{what} failed to start, and no other has", role, 1)

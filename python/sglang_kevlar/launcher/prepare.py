@@ -23,7 +23,15 @@ import msgspec
 from sglang_kevlar import transport
 from sglang_kevlar.cluster import hosts, keys
 from sglang_kevlar.launcher.process import die_with_parent
-from sglang_kevlar.protocol.launch import EXIT_CONFIG, PROTOCOL_VERSION, JoinArgs, KevlarArgs, LaunchPlan, Paths
+from sglang_kevlar.protocol.launch import (
+    EXIT_CONFIG,
+    PROTOCOL_VERSION,
+    JoinArgs,
+    KevlarArgs,
+    LaunchPlan,
+    NodeArgs,
+    Paths,
+)
 
 if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
@@ -66,17 +74,18 @@ def prepare(
     """Write the launch plan and the resolved arguments. Raises ``LaunchRefused``."""
     kevlar = hosts.completed(kevlar, join)
     _check_shadow(kevlar)
+    node = None if join is None else join.node
     environment, search_path = dict(os.environ), list(sys.path)
     _load_upstream()
     from sglang_kevlar.upstream import saved_args
 
     server_args = _parse(argv)
-    _check_supported(server_args)
+    _check_supported(server_args, node)
     if http:
         _check_port(server_args.host, server_args.port)
     _resolve(server_args)
-    _check_supported(server_args, resolved=True)
-    plan = _plan(paths, launch_id, kevlar, server_args)
+    _check_supported(server_args, node, resolved=True)
+    plan = _plan(paths, launch_id, kevlar, server_args, node)
     if join is not None or kevlar.listen is not None:
         plan = _for_cluster(plan, server_args, argv, join)
     saved_args.save(paths.server_args, server_args, saved_args.changes_since(environment, search_path))
@@ -146,13 +155,14 @@ def _without_usage() -> Iterator[None]:
         argparse.ArgumentParser.print_usage = print_usage  # type: ignore[method-assign]
 
 
-def _check_supported(server_args: ServerArgs, resolved: bool = False) -> None:
+def _check_supported(server_args: ServerArgs, node: NodeArgs | None, resolved: bool = False) -> None:
     """``resolved``: also what resolution decided and what the model is, not only what was said."""
     from sglang_kevlar import support_matrix
 
     values = _decided(server_args) if resolved else server_args
     problems = support_matrix.unknown(type(server_args).__struct_fields__)
-    problems += support_matrix.refusals(lambda name: getattr(values, name), os.environ)
+    ours = {} if node is None else support_matrix.OF_NODES
+    problems += support_matrix.refusals(lambda name: ours.get(name, getattr(values, name)), os.environ)
     if resolved and _loads_model_config(server_args):
         from sglang.srt.arg_groups.model_override_base import model_config_of
 
@@ -222,13 +232,25 @@ def _check_port(host: str, port: int) -> None:
         raise LaunchRefused(f"cannot listen on --host {host} --port {port}: {error}") from error
 
 
-def _plan(paths: Paths, launch_id: str, kevlar: KevlarArgs, server_args: ServerArgs) -> LaunchPlan:
+def _plan(
+    paths: Paths, launch_id: str, kevlar: KevlarArgs, server_args: ServerArgs, node: NodeArgs | None
+) -> LaunchPlan:
     from importlib.metadata import version
 
     view = _decided(server_args)
     for field in ("tp_size", "pp_size"):
         if getattr(view, field) < 1:
             raise LaunchRefused(f"--{field.replace('_', '-')} {getattr(view, field)}: must be at least 1")
+    ranks = view.tp_size * view.pp_size
+    share = ranks if node is None else ranks_of_a_node(view.tp_size, view.pp_size, node.count)
+    first = 0 if node is None else node.rank * share
+    devices = assign_devices(
+        kevlar.worker_groups,
+        share,
+        base=view.base_gpu_id,
+        step=view.gpu_id_step,
+        available=_device_count(view.device),
+    )
     return LaunchPlan(
         version=PROTOCOL_VERSION,
         upstream=version("sglang"),
@@ -236,13 +258,7 @@ def _plan(paths: Paths, launch_id: str, kevlar: KevlarArgs, server_args: ServerA
         kevlar=kevlar,
         tp_size=view.tp_size,
         pp_size=view.pp_size,
-        gpu_ids=assign_devices(
-            kevlar.worker_groups,
-            view.tp_size * view.pp_size,
-            base=view.base_gpu_id,
-            step=view.gpu_id_step,
-            available=_device_count(view.device),
-        ),
+        gpu_ids=[[0] * first + ids + [0] * (ranks - first - share) for ids in devices],
         host=server_args.host,
         port=server_args.port,
         server_args_file=paths.server_args,
@@ -257,11 +273,16 @@ def _for_cluster(plan: LaunchPlan, server_args: ServerArgs, argv: list[str], joi
         common = configuration.of(server_args)
     except OSError as error:
         raise LaunchRefused(f"cannot read the model {server_args.model_path!r}: {_describe(error)}") from error
+    node = None
+    if join is not None and join.node is not None:
+        node = configuration.of_node(server_args, common, plan.kevlar)
     # Drawn while resolving, unless it was said.
     decided = ["--random-seed", str(_decided(server_args).random_seed)]
     if os.path.isdir(server_args.model_path):
         decided += ["--model-path", os.path.abspath(server_args.model_path)]
-    return msgspec.structs.replace(plan, join=join, configuration=common, argv=[*for_groups(argv), *decided])
+    return msgspec.structs.replace(
+        plan, join=join, configuration=common, node_configuration=node, argv=[*for_groups(argv), *decided]
+    )
 
 
 #: flags of the HTTP side, of this host's ports and devices, and secrets: not for other hosts
@@ -290,6 +311,15 @@ def _device_count(device: str) -> int | None:
     import torch
 
     return torch.get_device_module(device).device_count()
+
+
+def ranks_of_a_node(tp: int, pp: int, nodes: int) -> int:
+    """As upstream spreads them: a node has whole pipeline stages, or a stage whole nodes. Raises LaunchRefused."""
+    if pp % nodes and (nodes % pp or tp % (nodes // pp)):
+        raise LaunchRefused(
+            f"--nnodes {nodes}: must divide --pp-size ({pp}), or be a multiple of it that splits --tp-size ({tp})"
+        )
+    return tp * pp // nodes
 
 
 def assign_devices(groups: int, ranks: int, *, base: int, step: int, available: int | None) -> list[list[int]]:

@@ -37,7 +37,8 @@ Payload = Annotated[bytes, Meta(max_length=MAX_PAYLOAD_BYTES)]
 
 class Identity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     #: a frontend joins others by the same protocol: its `Outputs` and their `Requests` carry `protocol.records`
-    kind: Literal["group", "frontend"] = "group"
+    #: the other nodes of a group on several hosts join the first one: its `Requests` carry `protocol.nodes`
+    kind: Literal["group", "frontend", "node"] = "group"
     #: of the group, or frontend: one in a cluster
     name: Name
     #: label of its host: shadows prefer another
@@ -104,6 +105,10 @@ class GroupState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     shadow: Annotated[list[ShadowCounters], Meta(max_length=MAX_RANKS)] = []
     #: where the ranks' stores listen, by rank
     shadow_endpoints: Annotated[list[Text], Meta(max_length=MAX_RANKS)] = []
+    #: of a node: the ranks of which the shadow counters are
+    shadow_ranks: Annotated[list[Number], Meta(max_length=MAX_RANKS)] = []
+    #: of a node: one of its ranks is at a long step, for which those of other nodes may wait
+    busy: bool = False
 
 
 class _Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type"):

@@ -44,6 +44,10 @@ class GroupReport(msgspec.Struct, frozen=True, kw_only=True, tag="report"):
     shadow_endpoints: list[str] = []
     #: why the last epoch ended, or why this one does not start
     cause: str = ""
+    #: how it was lost, where only the supervisor can know that; while down
+    kind: LossKind | None = None
+    #: ranks on other hosts are at a long step, for which those of this one may wait
+    busy_elsewhere: bool = False
     #: epochs that ended since this supervisor started, without one becoming ready in between
     failed_starts: int = 0
     #: seconds until the next start, while down

@@ -77,6 +77,15 @@ class KevlarArgs(msgspec.Struct, frozen=True, kw_only=True):
     advertise: str | None = None
 
 
+class NodeArgs(msgspec.Struct, frozen=True, kw_only=True):
+    """Which part of a group that is on several hosts (upstream's ``--nnodes``) a launch is."""
+
+    count: int
+    rank: int
+    #: HOST:PORT at which the first node is reached by the others (``--dist-init-addr``)
+    head: str
+
+
 class JoinArgs(msgspec.Struct, frozen=True, kw_only=True):
     """Of a launch that is one worker group of servers on other hosts."""
 
@@ -86,6 +95,8 @@ class JoinArgs(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     host: str
     standby: bool = False
+    #: None: all of the group is on this host
+    node: NodeArgs | None = None
 
 
 class LaunchPlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -107,8 +118,23 @@ class LaunchPlan(msgspec.Struct, frozen=True, kw_only=True):
     join: JoinArgs | None = None
     #: what groups that serve the same requests must have in common; None where nobody joins
     configuration: Configuration | None = None
+    #: and what the nodes of one group must; None where it is on one host
+    node_configuration: Configuration | None = None
     #: flags of upstream by which another launch is configured as this one was
     argv: list[str] = []
+
+    @property
+    def node(self) -> NodeArgs | None:
+        return None if self.join is None else self.join.node
+
+    @property
+    def ranks(self) -> range:
+        """Those of each group that are on this host."""
+        count = self.tp_size * self.pp_size
+        if self.node is None:
+            return range(count)
+        share = count // self.node.count
+        return range(self.node.rank * share, (self.node.rank + 1) * share)
 
 
 class Paths:
@@ -136,6 +162,10 @@ class Paths:
 
     def shadow_counters(self, group: int, epoch: int, rank: int) -> str:
         return f"{self.run_dir}/g{group}e{epoch}.rank{rank}.shadow"
+
+    def shadow_stores(self, group: int, epoch: int) -> str:
+        """Of a group on several hosts: the endpoints of all its shadow stores, by rank."""
+        return f"{self.run_dir}/g{group}e{epoch}.stores"
 
     def channel(self, group: int, epoch: int, name: str) -> str:
         """ZMQ endpoint of one incarnation; ``name``: tokenizer, scheduler, detokenizer, rpc, shadow0, chaos0, ..."""

@@ -26,7 +26,7 @@ from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang_kevlar.control.shadow_index import Origin
 from sglang_kevlar.control.shadow_keys import KeyChain, root_key
 from sglang_kevlar.protocol.shadow import Held, Lookup, ShadowCounters, Shelf
-from sglang_kevlar.shadow.sockets import dial, frame, unframe
+from sglang_kevlar.shadow.sockets import frame, unframe
 from sglang_kevlar.shadow.store import ShadowStore
 from sglang_kevlar.worker.resume import ResumedGenerateReqInput
 
@@ -77,20 +77,25 @@ class Lookups:
         block: int,
         block_bytes: int,
         tree: Any,
-        peers: Sequence[str],
+        peers: Callable[[], Sequence[str] | None],
+        dial: Callable[[str], zmq.Socket[bytes]],
         audit: Callable[[], bool],
         counters: ShadowCounters,
     ) -> None:
         """``block``: tokens of one, ``block_bytes`` bytes of KV.
 
-        ``peers``: endpoints of the other stores of the group, by rank. ``audit``: whether to audit what was found.
+        ``peers``: endpoints of the other stores of the group, by rank; None while they are not known. ``dial``: a way
+        to one. ``audit``: whether to audit what was found.
         """
         self._store = store
         self._counters = counters
         self._tree = tree
         self._block = block
         self._block_bytes = block_bytes
-        self._peers = peers
+        self._find_peers = peers
+        self._dial = dial
+        #: a way to each of the other stores; None: not known yet
+        self._sockets: list[zmq.Socket[bytes]] | None = None
         self._audit = audit
         #: questions in a row without an answer; when the next one may be asked after two of them
         self._unanswered = 0
@@ -100,7 +105,6 @@ class Lookups:
         #: by running request: the blocks that need no look, because they are in the pool or cannot get there
         self._reached: dict[bytes, int] = {}
         self._declined: set[bytes] = set()
-        self._sockets: list[zmq.Socket[bytes]] = []
         self._tickets = itertools.count()
 
     def find(self, message: Any, content: str) -> PromoteReq | None:
@@ -185,12 +189,12 @@ class Lookups:
         asked = self._ask_peers(ticket, keys)
         blocks = self._store.pin(keys, ticket)
         shelves = [self._store.shelf(ticket)]
-        if asked:
-            answers = self._peers_say(ticket, len(keys))
-            blocks = min(blocks, *(held.blocks for held in answers)) if answers is not None else 0
-            shelves += [held.shelf for held in answers or ()]
-        elif self._peers:
+        answers = self._peers_say(ticket, len(keys)) if asked else None
+        if answers is None:
             blocks = 0
+        else:
+            blocks = min([blocks, *(held.blocks for held in answers)])
+            shelves += [held.shelf for held in answers]
         # Also when it is 0: what some ranks have pinned is released by it.
         end = (first + blocks) * self._block
         return PromoteReq(ticket, tokens[:end], *origin, first, blocks, shelves, ahead)
@@ -200,10 +204,15 @@ class Lookups:
 
     def _ask_peers(self, ticket: str, keys: list[bytes]) -> bool:
         """Whether the other stores, if there are any, look while ours does."""
-        if not self._peers or self._peers_are_silent():
+        if self._peers_are_silent():
             return False
+        if self._sockets is None:
+            peers = self._find_peers()
+            if peers is None:
+                return False
+            self._sockets = [self._dial(peer) for peer in peers]
         if not self._sockets:
-            self._sockets = [dial(peer) for peer in self._peers]
+            return True
         question = frame(Lookup(ticket=ticket, keys=keys))
         try:
             for socket in self._sockets:
@@ -217,7 +226,7 @@ class Lookups:
         """What the other stores answer, in their order; None when one does not in time."""
         deadline = time.monotonic() + LOOKUP_TIMEOUT + blocks * self._block_bytes / CHECK_RATE
         answers: list[Held] = []
-        for socket in self._sockets:
+        for socket in self._sockets or ():
             while True:
                 if not socket.poll(max(0, int((deadline - time.monotonic()) * 1000))):
                     logger.warning("a rank's shadow store does not answer; %s is computed again", ticket)

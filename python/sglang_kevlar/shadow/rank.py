@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
+import msgspec
 import zmq
 from sglang.srt.managers.io_struct import FlushCacheReqInput
 from sglang.srt.runtime_context import get_parallel
@@ -76,6 +77,22 @@ class Place:
     def endpoint(self, rank: int) -> str:
         return self.paths.channel(self.group, self.epoch, f"shadow{rank}")
 
+    def stores(self) -> list[str] | None:
+        """Endpoints of the other stores of the group. None: not known yet, or one has none."""
+        others = [rank for rank in self.keepers if rank != self.rank]
+        if self.plan.node is None:
+            return [self.endpoint(rank) for rank in others]
+        try:
+            with open(self.paths.shadow_stores(self.group, self.epoch), "rb") as file:
+                told = msgspec.json.decode(file.read(), type=list[str])
+        except FileNotFoundError:
+            return None
+        found = [
+            self.endpoint(rank) if rank in self.plan.ranks else told[rank] if rank < len(told) else ""
+            for rank in others
+        ]
+        return found if all(found) else None
+
 
 class Line(Protocol):
     """What the sender's frames and bytes travel by, where that is not the plain one (`worker.sabotage`)."""
@@ -113,7 +130,8 @@ class RankShadow:
         if args.advertise is not None or args.shadow_transport == "tcp":
             largest = max(layout.block_bytes, tcp.push_bytes)
             socket, self.endpoint = network.listen(args.advertise or LOOPBACK, largest)
-            ports.append(Port(socket, {far, tcp}, local=False))
+            # The first rank of a group on several hosts asks this way.
+            ports.append(Port(socket, {far, tcp}, local=False, asked=place.plan.node is not None))
         ports.append(Port(listen(place.endpoint(rank)), [near]))
         self._server = ShadowServer(ports, layout, self._store, self.counters)
         windows = itertools.count()
@@ -138,7 +156,6 @@ class RankShadow:
             args.shadow_min_context,
             self.counters,
         )
-        others = [place.endpoint(other) for other in place.keepers if other != rank]
         self.promoter = _promoter(scheduler, place, self._store, self.counters)
         auditor = self.promoter.auditor
         self._lookups = Lookups(
@@ -146,7 +163,8 @@ class RankShadow:
             layout.block_tokens,
             layout.block_bytes,
             tree,
-            others,
+            place.stores,
+            network.dial,
             lambda: auditor.choose(args.shadow_audit),
             self.counters,
         )
@@ -232,6 +250,10 @@ def start(
         rows = PoolRows(scheduler.token_to_kv_pool_allocator.get_kvcache(), scheduler.forward_stream if cuda else None)
         place = Place(plan, paths, group, epoch, rank, rows, _layout(scheduler, rows, plan))
         if place.sharers > 1:
+            if plan.node is not None and len(plan.ranks) < plan.tp_size:
+                raise ValueError(
+                    "tensor-parallel ranks with the same KV (MLA) share one store, and are on several hosts"
+                )
             shelf.check()
         if place.keeper != rank:
             store = SharedStore(place.endpoint(place.keeper), place.layout.block_bytes)

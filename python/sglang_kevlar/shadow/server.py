@@ -78,8 +78,10 @@ class Port:
 
     socket: zmq.Socket[bytes]
     transports: Collection[Transport]
-    #: for ranks of this launch alone: those of this group ask there
+    #: for ranks of this launch alone
     local: bool = True
+    #: whether ranks of this group that are elsewhere ask there; those of this launch do in any case
+    asked: bool = False
 
 
 #: number of the port, and routing id there
@@ -150,7 +152,10 @@ class ShadowServer:
                 return
             if len(frames) > 1:
                 raise ValueError("bytes along with it")
-            if isinstance(message, Lookup | Release) and not self._ports[sender[0]].local:
+            port = self._ports[sender[0]]
+            if isinstance(message, Release) and not port.local:
+                raise ValueError("a release from another host")
+            if isinstance(message, Lookup) and not (port.local or port.asked):
                 raise ValueError("a question from another host")
         except ValueError as error:
             reason = f"not one of ours: {error}"

@@ -71,6 +71,11 @@ _START = (
     _seam("srt.plugins.hook_registry:HookRegistry.register", _ALL, passes="target hook hook_type"),
     _seam("srt.plugins.hook_registry:HookType", _ALL, fields="AFTER AROUND"),
     _seam("srt.utils:set_ulimit", _RANK + _DETOKENIZER, passes=""),
+    # Of groups on several hosts: which ranks are on which (`LaunchPlan.ranks`), where they meet, by which address.
+    _seam("srt.entrypoints.engine:_calculate_rank_ranges", _PREPARE, signature="node_rank"),
+    _seam("srt.distributed.bootstrap:_resolve_dist_init_method", _RANK, signature="dist_port"),
+    _seam("srt.environ:Envs", _RANK, fields="SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"),
+    _seam("srt.utils.network:get_local_ip_auto", _RANK, signature="fallback"),
 )
 
 #: what travels between hosts, besides requests and outputs (`cluster.wire`)

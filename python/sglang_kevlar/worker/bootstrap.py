@@ -11,9 +11,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
 import msgspec
+import psutil
 
+from sglang_kevlar.cluster import hosts
 from sglang_kevlar.launcher.status import StatusWriter
-from sglang_kevlar.protocol.launch import EXIT_CONFIG, LaunchPlan, Paths, instance_id
+from sglang_kevlar.protocol.launch import EXIT_CONFIG, LaunchPlan, NodeArgs, Paths, instance_id
 from sglang_kevlar.worker.heartbeat import HeartbeatWriter
 
 if TYPE_CHECKING:
@@ -34,6 +36,8 @@ class Incarnation:
         self.epoch: int = args.epoch
         self.member = member
         self.dist_port: int = args.dist_port
+        #: where the ranks meet; None: on this host
+        self.dist_host: str | None = args.dist_host
         self.status = StatusWriter(args.ready_fd)
         with open(self.paths.plan, "rb") as file:
             self.plan = msgspec.json.decode(file.read(), type=LaunchPlan)
@@ -45,6 +49,8 @@ class Incarnation:
     def load_upstream(self) -> ServerArgs:
         """Import SGLang with our plug-ins, verified, and load what the launcher resolved."""
         name_semaphores(self.instance_id)
+        if self.plan.node is not None:
+            meet_other_nodes(self.plan.node, f"tcp://{self.dist_host}:{self.dist_port}")
         server_args = import_upstream(self.plan)
 
         from sglang.srt.utils import set_ulimit
@@ -85,6 +91,21 @@ class Incarnation:
         get_context().override("sglang_kevlar", extra_metric_labels=labels)
 
 
+def meet_other_nodes(node: NodeArgs, meeting: str) -> None:
+    """Before anything of upstream or torch is imported: where to, and by which address of this host."""
+    # Where ranks meet is another place for each epoch, and not the one that ``--dist-init-addr`` says.
+    os.environ["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"] = meeting
+    address = hosts.towards(node.head)
+    if address is None:
+        return
+    # Left to themselves both take what this host's name stands for, which is often a loopback address.
+    if not os.environ.get("HOST_IP"):
+        os.environ.setdefault("SGLANG_HOST_IP", address)
+    for interface, addresses in psutil.net_if_addrs().items():
+        if address in [each.address.partition("%")[0] for each in addresses]:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+
+
 def import_upstream(plan: LaunchPlan) -> ServerArgs:
     """Import SGLang with our plug-ins, and load what the launcher resolved."""
     from sglang_kevlar.platform import torchvision_shim
@@ -118,6 +139,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--run-dir", required=True)
     for name in ("--group", "--epoch", "--dist-port", "--ready-fd"):
         parser.add_argument(name, type=int, required=True)
+    parser.add_argument("--dist-host")
     return parser
 
 

@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import msgspec
 import zmq
@@ -36,6 +37,7 @@ from sglang_kevlar.protocol.group import (
     GroupPhase,
     GroupReport,
     KillGroup,
+    LossKind,
     ProcessRef,
 )
 from sglang_kevlar.protocol.launch import EXIT_CONFIG, LaunchPlan, Paths
@@ -49,6 +51,8 @@ from sglang_kevlar.worker.warm_start import WarmStart
 _STOP_TIMEOUT = 5.0
 #: seconds in which a member that sent SIGQUIT may end by itself, which says more about why
 _QUIT_GRACE = 2.0
+#: seconds in which a report is heard, mostly
+_HEARD = 0.05
 
 #: command lines of the members of an epoch by name; the supervisor appends ``--ready-fd N``
 Commands = Callable[[int], Mapping[str, Sequence[str]]]
@@ -83,6 +87,7 @@ class Supervisor:
         self._phase: GroupPhase = "starting"
         self._members: dict[str, Member] = {}
         self._cause = ""
+        self._kind: LossKind | None = None
         self._failed_starts = 0
         self._ready_at: float | None = None
         self._start_deadline = float("inf")
@@ -97,7 +102,7 @@ class Supervisor:
         self._handlers: dict[object, Callable[[], None]] = {}
         self._poller = zmq.Poller()
         self._terminal = PassThrough()
-        self._control = self._connect()
+        self._connect()
         self._wakeup = self._catch_signals()
         self._warm = WarmStart(template, plan.kevlar.start_timeout, self._log, self._watch, self._unwatch)
 
@@ -109,11 +114,12 @@ class Supervisor:
         self._epoch = group_files.read_epoch(self._paths, self._group)
         adopt_orphans()
         while not self._finished():
+            self._look_elsewhere()
             now = time.monotonic()
             if self._stop_deadline is None and (template := self._warm.step()) is not None:
                 # Not under the name of the group, whose processes end with their epoch.
                 record(self._paths.processes, f"template{self._group}", template.identity)
-            if self._may_start(now):
+            if now >= self._start_at():
                 self._start()
             if now >= self._next_report:
                 self._report()
@@ -125,24 +131,25 @@ class Supervisor:
         self._warm.end()
         self._phase = "stopped"
         self._report()
-        self._control.close(linger=200)
-        zmq.Context.instance().term()
+        self._disconnect()
         return self._exit_status
 
     def _finished(self) -> bool:
         return not self._members and (self._stop_deadline is not None or self._exit_status != 0)
 
-    def _may_start(self, now: float) -> bool:
-        if self._members or self._stop_deadline is not None or now < self._next_start:
-            return False
-        return not self._warm.importing
+    def _start_at(self) -> float:
+        """When the next epoch may start, as things are."""
+        if self._members or self._stop_deadline is not None or self._warm.importing:
+            return float("inf")
+        return self._next_start
+
+    def _look_elsewhere(self) -> None:
+        """At other hosts of the group, if there are any."""
 
     def _timeout_ms(self) -> int:
-        deadlines = [self._next_report, self._quit_deadline, self._warm.next_deadline]
+        deadlines = [self._next_report, self._quit_deadline, self._warm.next_deadline, self._start_at()]
         if self._phase == "starting":
             deadlines += [self._start_deadline, time.monotonic() + CALM_INTERVAL]
-        if not self._members and not self._warm.importing:
-            deadlines.append(self._next_start)
         if self._stop_deadline is not None:
             deadlines.append(self._stop_deadline)
         return max(0, int((min(deadlines) - time.monotonic()) * 1000) + 1)
@@ -206,7 +213,14 @@ class Supervisor:
             return
         if message.get("status") != "ready":
             self._end_epoch(f"{member.name} failed to start: {message.get('error', 'unknown error')}")
-        elif all(m.ready for m in self._members.values()):
+        else:
+            self._ready_if_all()
+
+    def _all_ready(self) -> bool:
+        return all(m.ready for m in self._members.values())
+
+    def _ready_if_all(self) -> None:
+        if self._phase == "starting" and self._members and self._all_ready():
             self._phase, self._ready_at = "ready", time.monotonic()
             self._failed_starts = 0
             self._warm.succeeded()
@@ -253,28 +267,44 @@ class Supervisor:
         if not self._members:
             self._on_epoch_gone()
 
-    def _end_epoch(self, cause: str, *, planned: bool = False, by_itself: bool = True) -> None:
+    def _end_epoch(
+        self,
+        cause: str,
+        *,
+        planned: bool = False,
+        by_itself: bool = True,
+        kind: LossKind | None = None,
+        passing: bool = False,
+    ) -> None:
         """The group is lost: say so, kill what is left of it, and plan the next start.
 
-        ``by_itself``: nobody from outside ended it.
+        ``by_itself``: nobody from outside ended it. ``kind``: of a loss that only this process sees. ``passing``: a
+        first start that failed so is worth another try.
         """
         now = time.monotonic()
         self._ending = True
-        self._phase, self._cause = "down", cause
+        self._phase, self._cause, self._kind = "down", cause, kind
         if self._ready_at is None and not planned:
             self._failed_starts += 1
             if by_itself:
                 self._warm.failed()
         delay = 0.0 if planned else self._backoff.failed(0.0 if self._ready_at is None else now - self._ready_at)
         self._next_start = now + delay
+        if kind is not None:
+            # Before others see the ends of processes, and take them for the cause.
+            self._report()
+            time.sleep(_HEARD)
         if self._stop_deadline is None:
             for member in self._members.values():
                 member.process.kill()
-            self._log(f"epoch {self._epoch} ended: {cause}; next start in {delay:g} s")
-            failed = self._ready_at is None and not self._warm.suspect
+            self._log(f"epoch {self._epoch} ended: {cause}; {self._what_next(delay)}")
+            failed = self._ready_at is None and not passing and not self._warm.suspect
             if self._exit_on_failed_start and failed and not self._exit_status:
                 self._exit_status = EXIT_FAILED_START
         self._report()
+
+    def _what_next(self, delay: float) -> str:
+        return f"next start in {delay:g} s"
 
     def _quit_cause(self) -> str:
         for member in self._members.values():
@@ -295,7 +325,7 @@ class Supervisor:
 
     # -- the frontend, and signals
 
-    def _connect(self) -> zmq.Socket[bytes]:
+    def _connect(self) -> None:
         control: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         # Every report is complete, so only the newest is worth keeping while the frontend is away.
         control.setsockopt(zmq.CONFLATE, 1)
@@ -303,7 +333,11 @@ class Supervisor:
         control.setsockopt(zmq.RECONNECT_IVL_MAX, 200)
         control.connect(self._paths.control)
         self._watch(control, self._on_message)
-        return control
+        self._control = control
+
+    def _disconnect(self) -> None:
+        self._control.close(linger=200)
+        zmq.Context.instance().term()
 
     def _on_message(self) -> None:
         try:
@@ -331,9 +365,13 @@ class Supervisor:
             init_info=rank0.init_info if rank0 is not None and ready else None,
             shadow_endpoints=self._shadow_endpoints() if ready else [],
             cause=self._cause,
+            kind=self._kind if down else None,
             failed_starts=self._failed_starts,
             retry_in=max(0.0, self._next_start - now) if down else 0.0,
         )
+        self._tell(report)
+
+    def _tell(self, report: GroupReport) -> None:
         try:
             self._control.send(msgspec.msgpack.encode(report), zmq.NOBLOCK)
         except zmq.Again:
@@ -341,8 +379,7 @@ class Supervisor:
 
     def _shadow_endpoints(self) -> list[str]:
         """By rank; none when no rank has one."""
-        ranks = range(self._plan.tp_size * self._plan.pp_size)
-        members = [self._members.get(f"rank{rank}") for rank in ranks]
+        members = [self._members.get(f"rank{rank}") for rank in self._plan.ranks]
         said = [(member.init_info or {}).get(SHADOW_ENDPOINT) for member in members if member is not None]
         return [str(endpoint or "") for endpoint in said] if any(said) else []
 
@@ -368,10 +405,13 @@ class Supervisor:
             self._quit_deadline = min(self._quit_deadline, time.monotonic() + _QUIT_GRACE)
         if signal.SIGTERM in numbers and self._stop_deadline is None:
             self._stop_deadline = time.monotonic() + _STOP_TIMEOUT
-            self._ending = True
-            self._phase, self._cause = "stopped", "shutdown"
-            for member in self._members.values():
-                member.process.signal(signal.SIGTERM)
+            self._stop()
+
+    def _stop(self) -> None:
+        self._ending = True
+        self._phase, self._cause, self._kind = "stopped", "shutdown", None
+        for member in self._members.values():
+            member.process.signal(signal.SIGTERM)
 
     def _reap_adopted(self) -> None:
         """What members left behind, and what forked them."""
@@ -382,20 +422,25 @@ class Supervisor:
         self._terminal.write(f"[{stamp} kevlar] worker group {self._group}: {text}\n".encode())
 
 
-def engine_commands(paths: Paths, plan: LaunchPlan, group: int) -> Commands:
-    """The real members: SGLang's scheduler ranks and detokenizer."""
+def engine_commands(paths: Paths, plan: LaunchPlan, group: int, meeting: Callable[[], Sequence[str]]) -> Commands:
+    """The real members: SGLang's scheduler ranks and detokenizer. ``meeting``: flags that say where the ranks meet."""
 
     def commands(epoch: int) -> dict[str, list[str]]:
-        common = ["--run-dir", paths.run_dir, "--group", str(group), "--epoch", str(epoch)]
-        port = ["--dist-port", str(free_port(group, plan.kevlar.worker_groups, taken=(plan.port,)))]
+        common = ["--run-dir", paths.run_dir, "--group", str(group), "--epoch", str(epoch), *meeting()]
         module = [sys.executable, "-m"]
         members = {
-            f"rank{rank}": [*module, "sglang_kevlar.worker.rank", *common, *port, "--rank", str(rank)]
-            for rank in range(plan.tp_size * plan.pp_size)
+            f"rank{rank}": [*module, "sglang_kevlar.worker.rank", *common, "--rank", str(rank)] for rank in plan.ranks
         }
-        return {**members, "detokenizer": [*module, "sglang_kevlar.worker.detokenizer", *common, *port]}
+        if 0 in plan.ranks:
+            members["detokenizer"] = [*module, "sglang_kevlar.worker.detokenizer", *common]
+        return members
 
     return commands
+
+
+def meeting_port(plan: LaunchPlan, group: int) -> int:
+    """On this host, for the next epoch."""
+    return free_port(group, plan.kevlar.worker_groups, taken=(plan.port,))
 
 
 def main() -> int:
@@ -409,16 +454,21 @@ def main() -> int:
     with open(paths.plan, "rb") as file:
         plan = msgspec.json.decode(file.read(), type=LaunchPlan)
     template = [sys.executable, "-m", "sglang_kevlar.worker.template", "--run-dir", paths.run_dir]
-    supervisor = Supervisor(
-        paths,
-        plan,
-        args.group,
-        engine_commands(paths, plan, args.group),
-        template=template if plan.kevlar.warm_start == "auto" else None,
-        status=None if args.status_fd is None else StatusWriter(args.status_fd),
-        exit_on_failed_start=args.exit_on_failed_start,
-    )
-    return supervisor.run()
+    status = None if args.status_fd is None else StatusWriter(args.status_fd)
+    how: dict[str, Any] = {
+        "template": template if plan.kevlar.warm_start == "auto" else None,
+        "exit_on_failed_start": args.exit_on_failed_start,
+    }
+    if plan.node is not None:
+        from sglang_kevlar.worker import nodes
+
+        return nodes.run(paths, plan, args.group, status, how)
+
+    def meeting() -> list[str]:
+        return ["--dist-port", str(meeting_port(plan, args.group))]
+
+    commands = engine_commands(paths, plan, args.group, meeting)
+    return Supervisor(paths, plan, args.group, commands, status=status, **how).run()
 
 
 if __name__ == "__main__":
