@@ -58,7 +58,7 @@ class Cluster:
         self.lease = lease
         self._directory = directory
         self._address = f"{hosts[FRONT].address}:{port + 1}"
-        self._key = ["--cluster-key-file", str(_new_key(directory))]
+        self._key = ["--cluster-key-file", str(new_key(directory))]
         # The first delay of the default back-off for every restart: faults come faster here than any real ones.
         flags = ["--restart-backoff", "0.5", "--restart-backoff-max", "0.5", "--lease", str(lease), *self._key]
         self.server = Server(
@@ -95,7 +95,7 @@ class Cluster:
         self._groups.enter_context(WorkerGroup(log, *flags, *self._key, host=host))
 
 
-def _new_key(directory: Path) -> Path:
+def new_key(directory: Path) -> Path:
     command = [sys.executable, "-m", "sglang_kevlar.cluster.keys"]
     made = subprocess.run(command, check=True, capture_output=True, text=True)
     file = directory / "cluster.key"

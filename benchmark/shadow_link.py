@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Measure the line that a rank's shadow travels over: see README.md beside this file.
 
-    python benchmark/shadow_link.py [--quick] [--transports tcp] [--rates 0 1000 100]
+    python benchmark/shadow_link.py [--quick] [--transports tcp] [--rates 0 1000 100] [--delays 0 10 50]
 
-The sender and the store of a rank, each in a process of its own, as two hosts have them; no engine. With --rates they
-are in network namespaces with a limited line between them, which needs root, ip and tc.
+The sender and the store of a rank, each in a process of its own, as two hosts have them; no engine. With --rates or
+--delays they are on hosts of their own (`test/net`), with such a line between them, which needs root, ip and tc.
 """
 
 from __future__ import annotations
@@ -16,18 +16,25 @@ import os
 import resource
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "test"))
+
+from net.hosts import Host, Hosts, unavailable
+from net.link_faults import Faults
 from sglang_kevlar.cluster import keys
 from sglang_kevlar.control.shadow_keys import KeyChain, root_key
 from sglang_kevlar.platform import torchvision_shim
@@ -51,7 +58,7 @@ LAYOUT = Layout(
     rows=[TOKEN_BYTES // 16] * 16,
 )  # fmt: skip
 STORE_BYTES = 1 << 30
-ADDRESSES = {"store": "10.91.0.1", "source": "10.91.0.2"}
+STORE, SOURCE = "store", "source"
 #: share of the line that the second measurement, of the lag, asks for
 LOAD = 0.5
 
@@ -79,7 +86,10 @@ def store(directory: str, transport_name: str, host: str) -> None:
 
 
 def source(directory: str, transport_name: str, host: str, endpoint: str, megabytes: int, rate: float) -> None:
-    """``rate``: bytes a second that are offered; 0: as many as go. Prints what it measured as one line."""
+    """``rate``: bytes a second that are offered; 0: as many as go. Prints what it measured as one line.
+
+    The lag of a parcel is the time from when its KV was copied until it is known that it is in the store.
+    """
     network = Network(keys.load(f"{directory}/key"))
     counters = ShadowCounters()
     launch = secrets.token_hex(4)
@@ -95,7 +105,15 @@ def source(directory: str, transport_name: str, host: str, endpoint: str, megaby
     rows = [
         torch.from_numpy(np.random.default_rng(0).integers(0, 255, (BLOCK * 32, row), np.uint8)) for row in LAYOUT.rows
     ]
-    lags = []
+    lags: list[float] = []
+    acknowledge = link.acknowledge
+
+    def acknowledged(sequence: int, gone: Iterable[bytes]) -> int:
+        now = time.monotonic()
+        lags.extend(now - at for number, at in sender._unacknowledged if number <= sequence)
+        return acknowledge(sequence, gone)
+
+    link.acknowledge = acknowledged
     started, used, sent = time.monotonic(), cpu(), 0
     while sent < blocks:
         due = blocks if not rate else int((time.monotonic() - started) * rate / LAYOUT.block_bytes)
@@ -111,13 +129,11 @@ def source(directory: str, transport_name: str, host: str, endpoint: str, megaby
             sent += count
         else:
             time.sleep(0.001)
-        if rate:
-            lags.append(sender._lag_ms())
     wait_for(lambda: sender.waiting_tokens == 0)
     elapsed = time.monotonic() - started
     assert sender.link is link and counters.resyncs == 0, "it began anew"
-    lag = sorted(lags)
-    print(elapsed, cpu() - used, lag[len(lag) // 2] if lag else 0, lag[int(len(lag) * 0.99)] if lag else 0, flush=True)
+    median, p99 = np.percentile(lags, (50, 99)) * 1e3
+    print(elapsed, cpu() - used, median, p99, flush=True)
     os._exit(0)
 
 
@@ -130,62 +146,86 @@ def wait_for(condition: Any, seconds: float = 300.0) -> Any:
     return value
 
 
-@contextlib.contextmanager
-def line(mbit: int) -> Iterator[dict[str, list[str]]]:
-    """Two namespaces with a line between them; what to put before a command, by who runs it."""
-    names = {role: f"kevlar-{os.getpid()}-{role}" for role in ADDRESSES}
-    ends = dict(zip(ADDRESSES, (f"kv{os.getpid()}a", f"kv{os.getpid()}b"), strict=True))
-    try:
-        for name in names.values():
-            run("ip", "netns", "add", name)
-        run("ip", "link", "add", ends["store"], "type", "veth", "peer", "name", ends["source"])
-        for role, name in names.items():
-            run("ip", "link", "set", ends[role], "netns", name)
-            inside = ("ip", "netns", "exec", name)
-            run(*inside, "ip", "addr", "add", f"{ADDRESSES[role]}/24", "dev", ends[role])
-            run(*inside, "ip", "link", "set", ends[role], "up")
-            run(*inside, "ip", "link", "set", "lo", "up")
-            limit = ("tbf", "rate", f"{mbit}mbit", "burst", "256kb", "latency", "50ms")
-            run(*inside, "tc", "qdisc", "add", "dev", ends[role], "root", *limit)
-        yield {role: ["ip", "netns", "exec", name] for role, name in names.items()}
-    finally:
-        for name in names.values():
-            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+@dataclass(frozen=True)
+class Line:
+    #: Mbit/s; 0: as fast as it goes
+    rate: int
+    #: milliseconds, one way; None: without the process that delays, which is itself a limit
+    delay: int | None
+
+    @property
+    def loopback(self) -> bool:
+        return not self.rate and self.delay is None
+
+    @property
+    def words(self) -> str:
+        if self.loopback:
+            return "loopback | none"
+        return f"{self.rate or 'unlimited'} | {'none' if self.delay is None else self.delay}"
+
+    @contextlib.contextmanager
+    def hosts(self) -> Iterator[dict[str, Host | None]]:
+        """Its ends, by who runs there."""
+        if self.loopback:
+            yield {STORE: None, SOURCE: None}
+            return
+        with Hosts(STORE, SOURCE, wire=self.delay is not None) as hosts:
+            if self.delay:
+                hosts.fault(Faults(delay=self.delay / 1e3))
+            for host in hosts:
+                if self.rate:
+                    host.limit(self.rate * 125_000)
+            yield {host.name: host for host in hosts}
 
 
-def run(*command: str) -> None:
-    subprocess.run(command, check=True)
+def address_of(host: Host | None) -> str:
+    return "127.0.0.1" if host is None else host.address
 
 
-def measure(transport: str, mbit: int, megabytes: int, rate: float = 0.0) -> dict[str, float]:
-    """``mbit``: of the line; 0: loopback."""
+def network_of(host: Host | None) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext() if host is None else host.network()
+
+
+class Ends:
+    """The processes at both ends of a line: this file again, with ``--role``. Gone at the end whatever happens."""
+
+    def __init__(self, line: Line, stack: contextlib.ExitStack) -> None:
+        self._hosts = stack.enter_context(line.hosts())
+        self._stack = stack
+
+    def start(self, end: str, role: str, *arguments: object) -> subprocess.Popen[str]:
+        host = self._hosts[end]
+        process: subprocess.Popen[str] = (subprocess.Popen if host is None else host.popen)(
+            [sys.executable, __file__, "--role", role, address_of(host), *map(str, arguments)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self._stack.callback(process.communicate)
+        self._stack.callback(process.kill)
+        return process
+
+
+def said(process: subprocess.Popen[str]) -> list[str]:
+    assert process.stdout is not None
+    return process.stdout.readline().split()
+
+
+def measure(transport: str, line: Line, megabytes: int, rate: float = 0.0) -> dict[str, float]:
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(tempfile.TemporaryDirectory())
         key = Path(directory, "key")
         key.touch(0o600)
         key.write_text(keys.generate())
-        before = stack.enter_context(line(mbit)) if mbit else {role: [] for role in ADDRESSES}
-        hosts = ADDRESSES if mbit else dict.fromkeys(ADDRESSES, "127.0.0.1")
-
-        def start(role: str, *arguments: object) -> subprocess.Popen[str]:
-            command = [*before[role], sys.executable, __file__, "--role", role, directory, transport, hosts[role]]
-            process = subprocess.Popen(
-                [*command, *map(str, arguments)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-            )
-            stack.callback(process.communicate)
-            stack.callback(process.kill)
-            return process
-
-        keeper = start("store")
-        assert keeper.stdin is not None and keeper.stdout is not None
-        endpoint = keeper.stdout.readline().strip()
+        ends = Ends(line, stack)
+        keeper = ends.start(STORE, "store", directory, transport)
+        [endpoint] = said(keeper)
         if transport == "shm":
             endpoint = f"ipc://{directory}/store"
-        sending = start("source", endpoint, megabytes, rate)
-        assert sending.stdout is not None
-        elapsed, used, median, p99 = map(float, sending.stdout.readline().split())
+        sending = ends.start(SOURCE, "source", directory, transport, endpoint, megabytes, rate)
+        elapsed, used, median, p99 = map(float, said(sending))
         print("", file=keeper.stdin, flush=True)
-        stored = float(keeper.stdout.readline())
+        [stored] = map(float, said(keeper))
     return {
         "MB/s": megabytes / elapsed,
         "source": used / megabytes * 1e3,
@@ -195,35 +235,71 @@ def measure(transport: str, mbit: int, megabytes: int, rate: float = 0.0) -> dic
     }
 
 
+def plain(line: Line, megabytes: int) -> float:
+    """MB/s that one TCP connection gets out of it, without us."""
+
+    def sink() -> None:
+        connection, _ = listening.accept()
+        while connection.recv(1 << 20):
+            pass
+        connection.sendall(b"!")
+
+    with line.hosts() as hosts, contextlib.ExitStack() as stack:
+        with network_of(hosts[STORE]):
+            listening = stack.enter_context(socket.create_server((address_of(hosts[STORE]), 0)))
+        with network_of(hosts[SOURCE]):
+            connection = stack.enter_context(socket.create_connection(listening.getsockname()))
+        threading.Thread(target=sink, daemon=True).start()
+        started = time.monotonic()
+        for _ in range(megabytes):
+            connection.sendall(bytes(10**6))
+        connection.shutdown(socket.SHUT_WR)
+        connection.recv(1)
+        return megabytes / (time.monotonic() - started)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--role", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--transports", nargs="+", default=["shm", "tcp"], choices=["shm", "tcp", "mooncake"])
-    parser.add_argument("--rates", nargs="+", type=int, default=[0], help="of the line, Mbit/s; 0: loopback")
+    parser.add_argument("--rates", nargs="+", type=int, default=[0], help="of the line, Mbit/s; 0: no limit")
+    parser.add_argument("--delays", nargs="+", type=int, default=[None], help="of the line, ms one way")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     if args.role:
-        role, directory, transport, host, *rest = args.role
-        if role == "store":
-            store(directory, transport, host)
-        source(directory, transport, host, rest[0], int(rest[1]), float(rest[2]))
+        play(*args.role)
+        return
     repeats = 1 if args.quick else args.repeats
-    points = [(name, mbit) for mbit in args.rates for name in args.transports if name != "shm" or not mbit]
+    lines = [Line(rate, delay) for rate in args.rates for delay in args.delays]
+    if not all(line.loopback for line in lines) and (reason := unavailable(wire=args.delays != [None])):
+        sys.exit(reason)
+    points = [(name, line) for line in lines for name in args.transports if name != "shm" or line.loopback]
     # So that an end by SIGTERM leaves no process and no namespace.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     print(f"load {os.getloadavg()[0]:.1f}, {repeats} runs each; median (least - most)\n")
-    print("| transport | line, Mbit/s | MB/s | CPU of source, ms a MB | of store | lag at half load, ms | p99 |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    for transport, mbit in points:
-        megabytes = min(300, mbit) if mbit else 300
+    head = ["transport", "line, Mbit/s", "delay, ms one way", "plain TCP, MB/s", "MB/s"]
+    head += ["CPU of source, ms a MB", "of store", "lag at half load, ms, p50", "p99"]
+    print(f"| {' | '.join(head)} |\n|{' --- |' * len(head)}")
+    for transport, line in points:
+        megabytes = min(300, line.rate or 300)
         megabytes = megabytes // 10 if args.quick else megabytes
-        full = [measure(transport, mbit, megabytes) for _ in range(repeats)]
+        cells = [[plain(line, megabytes) for _ in range(repeats)]]
+        full = [measure(transport, line, megabytes) for _ in range(repeats)]
         speed = sorted(one["MB/s"] for one in full)[repeats // 2]
-        half = [measure(transport, mbit, megabytes, LOAD * speed * 1e6) for _ in range(repeats)]
-        columns = [[one[name] for one in full] for name in ("MB/s", "source", "store")]
-        columns += [[one[name] for one in half] for name in ("median", "p99")]
-        print(f"| {transport} | {mbit or 'loopback'} | " + " | ".join(map(spread, columns)) + " |", flush=True)
+        half = [measure(transport, line, megabytes, LOAD * speed * 1e6) for _ in range(repeats)]
+        cells += [[one[name] for one in full] for name in ("MB/s", "source", "store")]
+        cells += [[one[name] for one in half] for name in ("median", "p99")]
+        print(f"| {transport} | {line.words} | {' | '.join(map(spread, cells))} |", flush=True)
+
+
+def play(role: str, host: str, *rest: str) -> None:
+    """What this process is at one end of a line."""
+    match role, rest:
+        case "store", (directory, transport):
+            store(directory, transport, host)
+        case "source", (directory, transport, endpoint, megabytes, rate):
+            source(directory, transport, host, endpoint, int(megabytes), float(rate))
 
 
 def spread(values: list[float]) -> str:

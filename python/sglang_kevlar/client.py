@@ -106,7 +106,8 @@ class _Exchange:
         """The connection failed. Seconds to wait before the next attempt; raises the error when there is none."""
         if isinstance(error, ResumeError | httpx.UnsupportedProtocol | httpx.LocalProtocolError):
             raise error
-        delay = self._next(None)
+        # A host that is off says nothing for as long again.
+        delay = self._next(None, silent=isinstance(error, httpx.TimeoutException))
         if delay is None:
             raise error
         return delay
@@ -168,14 +169,14 @@ class _Exchange:
         rest, self._partial, self._held = b"".join((self._partial, *self._held)), b"", []
         return rest
 
-    def _next(self, retry_after: str | None) -> float | None:
+    def _next(self, retry_after: str | None, silent: bool = False) -> float | None:
         """Turns to the next server. Seconds until the next attempt, None when it is one too many."""
         options, now = self._options, time.monotonic()
         if self._attempts == 0:
             self._failing_since = now
         self._attempts += 1
         delay = min(options.backoff_max, options.backoff * 2 ** (self._attempts - 1)) * random.uniform(0.5, 1)
-        if self._attempts == 1 and self._origin is not None:
+        if self._attempts == 1 and self._origin is not None and not silent:
             self._server = self._origin  # the connection may have failed, and the server not
         elif options.base_urls:
             self._server = (self._server + 1) % len(options.base_urls)

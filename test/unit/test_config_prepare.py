@@ -193,6 +193,15 @@ def test_an_address_for_others_needs_a_key(tmp_path: Path, monkeypatch: pytest.M
     prepare._check_shadow(KevlarArgs(advertise="10.0.0.1"))
 
 
+def test_events_that_another_frontend_would_not_make_again() -> None:
+    peers = KevlarArgs(peers="a=127.0.0.1:7000,b=127.0.0.1:7001", frontend_name="a")
+    for size in (0, 1):
+        with pytest.raises(prepare.LaunchRefused, match=rf"--batch-notify-size {size}: with --peers"):
+            prepare._check_peers(peers, size)
+        prepare._check_peers(KevlarArgs(), size)
+    prepare._check_peers(peers, 2)
+
+
 def assign(groups, ranks, base=0, step=1, available=8):
     return prepare.assign_devices(groups, ranks, base=base, step=step, available=available)
 

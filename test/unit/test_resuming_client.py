@@ -288,6 +288,29 @@ def test_the_next_server_is_asked(service: Service) -> None:
     assert service.started == 1
 
 
+def test_a_server_that_falls_silent_is_not_waited_for_again() -> None:
+    asked: list[str] = []
+
+    class Silent(httpx.SyncByteStream):
+        def __iter__(self) -> Iterator[bytes]:
+            yield b"id: r:1.0\ndata: a\n\n"
+            raise httpx.ReadTimeout("silence")
+
+    def handle(request: httpx.Request) -> httpx.Response:
+        asked.append(request.url.host)
+        headers = {"X-Kevlar-Request-Id": "r", "Content-Type": "text/event-stream"}
+        if len(asked) == 1:
+            return httpx.Response(200, headers=headers, stream=Silent())
+        assert request.headers["last-event-id"] == "r:1.0"
+        return httpx.Response(200, headers=headers, stream=httpx.ByteStream(b"id: r:2.0\ndata: b\n\n"))
+
+    transport = ResumingTransport(httpx.MockTransport(handle), base_urls=["http://a", "http://b"], backoff=0.001)
+    with httpx.Client(transport=transport) as client:
+        answer = client.post("http://x/generate", json={}).text
+    assert answer == "id: r:1.0\ndata: a\n\nid: r:2.0\ndata: b\n\n"
+    assert asked == ["a", "b"]
+
+
 def test_other_requests_are_left_alone(service: Service) -> None:
     seen: list[httpx.Request] = []
 

@@ -81,6 +81,7 @@ def prepare(
 
     server_args = _parse(argv)
     _check_supported(server_args, node)
+    _check_peers(kevlar, server_args.batch_notify_size)
     if http:
         _check_port(server_args.host, server_args.port)
     _resolve(server_args)
@@ -109,6 +110,16 @@ def _check_shadow(kevlar: KevlarArgs) -> None:
         raise LaunchRefused(
             f"--advertise {kevlar.advertise}: others reach this address, so --cluster-key-file or {keys.ENVIRONMENT} "
             "is needed"
+        )
+
+
+def _check_peers(kevlar: KevlarArgs, batch_notify_size: int) -> None:
+    # An output of several messages is recorded as one, and a frontend that goes on with it hands them to its endpoint
+    # one after the other: below 2, upstream lets the endpoint take them one by one, and make other events of them.
+    if kevlar.peers is not None and batch_notify_size < 2:
+        raise LaunchRefused(
+            f"--batch-notify-size {batch_notify_size}: with --peers it must be at least 2, or a frontend that goes on "
+            "with another one's streams makes other events of them"
         )
 
 
