@@ -1,0 +1,67 @@
+"""The end of a scheduler whose process goes on: its threads, sockets, groups and names."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import prometheus_client
+import sglang.srt.managers.scheduler as upstream
+import zmq
+
+from sglang_kevlar.worker import communicators
+
+if TYPE_CHECKING:
+    from sglang_kevlar.worker.scheduler import KevlarScheduler
+
+logger = logging.getLogger(__name__)
+
+
+class _Watched:
+    """What upstream's watchdog sees of a scheduler, without keeping it alive."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self._scheduler = weakref.ref(scheduler)
+
+    def __getattr__(self, name: str) -> Any:
+        scheduler = self._scheduler()
+        if scheduler is None:
+            raise SystemExit  # ends the watchdog's thread without a word
+        return getattr(scheduler, name)
+
+
+def prepare() -> None:
+    """Once, before the first scheduler."""
+    create = upstream.create_scheduler_watchdog
+    upstream.create_scheduler_watchdog = lambda scheduler, **how: create(_Watched(scheduler), **how)
+
+
+class Names:
+    """Metrics that a scheduler registers, under names that the next one needs."""
+
+    def __init__(self) -> None:
+        self._before = set(prometheus_client.REGISTRY._collector_to_names)
+
+    def free(self) -> None:
+        for collector in set(prometheus_client.REGISTRY._collector_to_names) - self._before:
+            prometheus_client.REGISTRY.unregister(collector)
+
+
+def retire(scheduler: KevlarScheduler) -> None:
+    # First: others may wait for us in a collective.
+    communicators.release()
+    if scheduler.chaos is not None:
+        scheduler.chaos.stop()
+    if scheduler.shadow is not None:
+        scheduler.shadow.stop()
+    scheduler.is_initializing, scheduler.cur_batch_for_debug = False, None
+    channels = scheduler.ipc_channels
+    sockets = [getattr(channels, name, None) for name in vars(type(channels)).get("__slots__", vars(channels))]
+    contexts = set()
+    for each in sockets:
+        socket = getattr(each, "socket", each)
+        if isinstance(socket, zmq.Socket):
+            contexts.add(socket.context)
+    for context in contexts:
+        context.destroy(linger=0)
