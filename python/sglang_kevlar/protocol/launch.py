@@ -40,6 +40,10 @@ class KevlarArgs(msgspec.Struct, frozen=True, kw_only=True):
     error_window: float = 30.0
     #: whether members are forked of a process that has the imports behind it (`worker.warm_start`)
     warm_start: Literal["auto", "off"] = "auto"
+    #: whether ranks outlive the death of others of their group (`control.reforming`); "on": also where not shown
+    reform: Literal["auto", "on", "off"] = "auto"
+    #: ranks a group keeps ready beside those that serve, the first ones
+    spare_ranks: int = 0
     restart_backoff: float = 0.5
     restart_backoff_max: float = 30.0
     #: deadline of a control request (flush, weight update, ...) in every group

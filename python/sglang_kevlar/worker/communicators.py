@@ -53,7 +53,7 @@ class _UnboundCoordinator(GroupCoordinator):  # type: ignore[misc]
         # One object each, so that it can be told by what it has to be replaced.
         whole = self.world_size == dist.get_world_size()
         self.device_group = dist.group.WORLD if whole else _Silent(self.rank_in_group, self.world_size)
-        self.cpu_group = _Silent(self.rank_in_group, self.world_size)
+        self.cpu_group: Any = _Silent(self.rank_in_group, self.world_size)
 
     def destroy(self) -> None:
         self.device_group = self.cpu_group = None

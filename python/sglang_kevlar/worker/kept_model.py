@@ -12,7 +12,6 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import sglang.srt.managers.scheduler as upstream
-import torch
 from sglang.srt.managers.io_struct import (
     BeginWeightUpdateReqInput,
     ReleaseMemoryOccupationReqInput,
@@ -22,7 +21,7 @@ from sglang.srt.managers.io_struct import (
     UpdateWeightsFromTensorReqInput,
 )
 from sglang.srt.model_executor import model_runner
-from sglang.srt.runtime_context import SpawnRanks, get_exec, publish, spawn_world_rank
+from sglang.srt.runtime_context import SpawnRanks, publish, spawn_world_rank
 
 from sglang_kevlar.worker import communicators
 

@@ -24,6 +24,9 @@ class Member:
         #: of which it is a member, 0: of none yet; and whether it serves
         self.epoch = 0
         self.ready = False
+        #: whether it can leave an epoch, and was asked to
+        self.can_leave = False
+        self.leaving = False
         #: what it said when it became ready
         self.init_info: dict[str, object] | None = None
         self.stderr = MemberStderr()
@@ -71,6 +74,8 @@ class Member:
                 continue
             if message.get("status") == "ready":
                 self.ready, self.init_info = True, message
+            elif message.get("status") == "loaded":
+                self.can_leave = message.get("can_leave") is True
             elif message.get("status") == "left":
                 self.ready = False
             yield message

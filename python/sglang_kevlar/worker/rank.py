@@ -68,7 +68,7 @@ class Rank:
             self._load(server_args, gpu_id)
             gc.collect()
             gc.freeze()  # nothing of this is garbage, ever; of a scheduler everything is, once it has left
-            self._membership.status.send({"status": "loaded"})
+            self._membership.status.send({"status": "loaded", "can_leave": self._kept is not None})
             while (incarnation := self._membership.next_epoch()) is not None:
                 self._left_because = None
                 graceful = self._serve(server_args, incarnation, gpu_id)
@@ -84,6 +84,10 @@ class Rank:
         from sglang_kevlar.worker.kept_model import KeptModel, why_not
 
         if why_not(server_args, plan.kevlar.reform == "on") is None:
+            from sglang_kevlar.worker import retirement
+
+            retirement.prepare()
+            self._names = retirement.Names()
             self._kept = KeptModel()
             self._kept.load(server_args, gpu_id, self._tp_rank, self._pp_rank)
             signal.signal(LEAVE, self._on_leave)
@@ -107,6 +111,7 @@ class Rank:
             from sglang_kevlar.worker import retirement
 
             retirement.retire(started)
+            self._names.free()
             remains = weakref.ref(started)
             del started
             gc.collect()
@@ -116,7 +121,7 @@ class Rank:
         return graceful
 
     def _scheduler_class(self, incarnation: Incarnation) -> type[Scheduler]:
-        """KevlarScheduler, made to report how it started and ended: upstream's process function keeps that to itself."""
+        """KevlarScheduler, made to report how it starts and ends: upstream's process function keeps that to itself."""
         from sglang_kevlar.shadow import rank as shadow
         from sglang_kevlar.worker.scheduler import KevlarScheduler
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import prometheus_client
 import sglang.srt.managers.scheduler as upstream
-import zmq
 
 from sglang_kevlar.worker import communicators
 
@@ -57,11 +56,12 @@ def retire(scheduler: KevlarScheduler) -> None:
         scheduler.shadow.stop()
     scheduler.is_initializing, scheduler.cur_batch_for_debug = False, None
     channels = scheduler.ipc_channels
-    sockets = [getattr(channels, name, None) for name in vars(type(channels)).get("__slots__", vars(channels))]
-    contexts = set()
-    for each in sockets:
-        socket = getattr(each, "socket", each)
-        if isinstance(socket, zmq.Socket):
-            contexts.add(socket.context)
-    for context in contexts:
+    sockets = [
+        channels.recv_from_tokenizer,
+        channels.recv_from_rpc,
+        channels.send_to_tokenizer.socket,
+        channels.send_to_detokenizer.socket,
+        channels.send_metrics_from_scheduler,
+    ]
+    for context in {socket.context for socket in sockets if socket is not None}:
         context.destroy(linger=0)
