@@ -116,6 +116,10 @@ class Rank:
             del started
             gc.collect()
             if remains() is not None:
+                gc.unfreeze()  # somebody froze it (``/freeze_gc``): then all has to be looked at
+                gc.collect()
+                gc.freeze()
+            if remains() is not None:
                 # Its pools would be there a second time in the next epoch.
                 raise RuntimeError("the scheduler of the last epoch is still held by something")
         return graceful
@@ -152,6 +156,13 @@ class Rank:
                 if process._kept is not None:
                     process._kept.observe(recv_reqs)
                 super().process_input_requests(recv_reqs)
+
+            def handle_freeze_gc(self, recv_req: Any) -> Any:
+                if process._kept is None:
+                    return super().handle_freeze_gc(recv_req)
+                # What is there for good is frozen; the scheduler itself has to be found when it is garbage.
+                self.ipc_channels.send_to_detokenizer.send_output(recv_req, recv_req)
+                return None
 
             def run_event_loop(self) -> None:
                 if process._kept is None:

@@ -55,6 +55,8 @@ _STOP_TIMEOUT = 5.0
 _QUIT_GRACE = 2.0
 #: seconds before a re-form, and for how long an epoch has to have served to be no repetition
 _REFORM_BACKOFF, _REFORM_HEALTHY = 0.02, 5.0
+#: seconds between the death of a process's first thread, which a frontend may see, and its end
+_END_SHOWS_WITHIN = 0.1
 #: seconds before a spare is replaced that died
 _SPARE_PAUSE = 5.0
 #: seconds in which a report is heard, mostly
@@ -119,6 +121,8 @@ class Supervisor:
         #: ranks whose loop failed, with what they said, until it shows whether another one's death is why
         self._failed_loops: dict[str, str] = {}
         self._failed_deadline = float("inf")
+        #: why the frontend has given up this epoch, and when that counts if no death has shown by then
+        self._fence: tuple[str, float] | None = None
         #: whose files and children are still to be removed
         self._dead: list[Member] = []
         self._started_at = 0.0
@@ -189,6 +193,8 @@ class Supervisor:
     def _timeout_ms(self) -> int:
         deadlines = [self._next_report, self._quit_deadline, self._warm.next_deadline, self._start_at()]
         deadlines += [self._ask_at, self._leave_deadline, self._failed_deadline]
+        if self._fence is not None:
+            deadlines.append(self._fence[1])
         if self._missing_spare() is not None:
             deadlines.append(self._spare_at)
         if self._phase == "starting":
@@ -211,6 +217,7 @@ class Supervisor:
             stopped = frozenset(m.name for m in self._members.values() if m.process.stopped())
             if (loss := self._start_watch.observe(Observation({}, stopped), now)) is not None:
                 self._end_epoch(loss.cause, by_itself=False)
+        self._check_fence(now)
         self._check_leavers(now)
         if now >= self._spare_at and (name := self._missing_spare()) is not None:
             self._spares[name] = self._new_member(name)
@@ -403,7 +410,8 @@ class Supervisor:
         """The group is lost: say so, kill what is left of it, and plan the next start.
 
         ``by_itself``: nobody from outside ended it. ``kind``: of a loss that only this process sees. ``passing``: a
-        first start that failed so is worth another try. ``whole``: no process of it is used again; ``guilty``: not these.
+        first start that failed so is worth another try. ``whole``: no process of it is used again; ``guilty``: not
+        these.
         """
         now = time.monotonic()
         served = self._phase == "ready"
@@ -418,6 +426,7 @@ class Supervisor:
         ]
         survivors = self._reforming.survivors(served, planned or whole, alone)
         failed, self._failed_loops, self._failed_deadline = self._failed_loops, {}, float("inf")
+        self._fence = None
         if not served:
             self._reforming.failed()
         backoff = self._reform_backoff if survivors else self._backoff
@@ -498,15 +507,19 @@ class Supervisor:
             if not isinstance(error, zmq.Again):
                 self._log(f"ignored a message that is not ours: {error}")
             return
-        # Often it is told of a death that we are about to see: what died says who did not.
-        for member in list(self._members.values()):
-            if member.process.ended() and not self._ending:
-                self._on_exit(member)
         current = message.group == self._group and message.epoch == self._epoch
         if current and self._members and not self._ending:
+            if message.planned:
+                self._end_epoch(message.cause, planned=True, by_itself=False)
+            elif self._fence is None:
+                # Often it is told of a death that shows here a little later, and what died says who did not.
+                self._fence = (message.cause, time.monotonic() + _END_SHOWS_WITHIN)
+
+    def _check_fence(self, now: float) -> None:
+        if self._fence is not None and now >= self._fence[1]:
             # Of several that hang nobody knows which is the cause; one that is stopped can be told.
-            stopped = any(member.process.stopped() for member in self._members.values())
-            self._end_epoch(message.cause, planned=message.planned, by_itself=False, whole=not stopped)
+            stopped = [member.name for member in self._members.values() if member.process.stopped()]
+            self._end_epoch(self._fence[0], by_itself=False, whole=not stopped, guilty=stopped)
 
     def _report(self) -> None:
         now = time.monotonic()
