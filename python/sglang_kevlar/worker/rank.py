@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from sglang_kevlar.shadow.promote import Promoter
     from sglang_kevlar.shadow.rank import RankShadow
     from sglang_kevlar.worker.sabotage import OrderTaker
+    from sglang_kevlar.worker.weights.rank import RankWeights
 
 
 class _ReadyPipe:
@@ -38,6 +39,7 @@ def _scheduler_class(incarnation: Incarnation, rank: int) -> type[Scheduler]:
     """KevlarScheduler, made to report how it started and ended: upstream's process function keeps that to itself."""
     from sglang_kevlar.shadow import rank as shadow
     from sglang_kevlar.worker.scheduler import KevlarScheduler
+    from sglang_kevlar.worker.weights import rank as weights
 
     orders = _orders(incarnation, rank) if incarnation.plan.kevlar.allow_chaos else None
 
@@ -49,6 +51,10 @@ def _scheduler_class(incarnation: Incarnation, rank: int) -> type[Scheduler]:
             place = (incarnation.group, incarnation.epoch, rank)
             line = None if orders is None else orders.frames
             return shadow.start(self, incarnation.plan, incarnation.paths, *place, line)
+
+        def make_weights(self) -> RankWeights | None:
+            place = (incarnation.group, incarnation.epoch, rank)
+            return weights.RankWeights(self, incarnation.plan, incarnation.paths, *place)
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             try:
