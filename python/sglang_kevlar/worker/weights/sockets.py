@@ -39,7 +39,8 @@ def listen(network: Network, address: str) -> tuple[zmq.Socket[bytes], str]:
 
 
 def close(socket: zmq.Socket[bytes], endpoint: str) -> None:
-    socket.close(linger=0)
+    # For the last word, which says why. Nobody waits for it.
+    socket.close(linger=1000)
     if endpoint.startswith("ipc://"):
         with contextlib.suppress(FileNotFoundError):
             os.unlink(endpoint.removeprefix("ipc://"))

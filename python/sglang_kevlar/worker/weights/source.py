@@ -59,8 +59,6 @@ class WeightSource:
         except TransferError as error:
             logger.warning("weights were not handed over: %s", error)
             self._say(Failed(str(error), error.busy))
-            # The last word of the other side: until then it may not have heard this one.
-            self._socket.poll(1000)
         except Exception:
             logger.exception("weights were not handed over")
             self._say(Failed("an internal error there; its log says which"))

@@ -51,6 +51,7 @@ class WeightTarget:
             return taken
         finally:
             self._socket.disable_monitor()
+            self._monitor.close(linger=0)
             # Long enough for the last word; if that is lost, the other side waits in vain for it, and ends.
             self._socket.close(linger=1000)
 
