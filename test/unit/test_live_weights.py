@@ -90,6 +90,7 @@ def serve(endpoint: str, seed: int, how: str, key: keys.ClusterKey | None, pipe:
     source.start()
     pipe.send(where)
     source.join()
+    time.sleep(60)  # a rank goes on, and the last message is on its way
 
 
 @pytest.fixture
