@@ -171,6 +171,10 @@ class Paths:
         """Of a group on several hosts: the endpoints of all its shadow stores, by rank."""
         return f"{self.run_dir}/g{group}e{epoch}.stores"
 
+    def weights(self, group: int, epoch: int, rank: int) -> str:
+        """What a rank says of the transfer of weights that it took part in last."""
+        return f"{self.run_dir}/g{group}e{epoch}.rank{rank}.weights"
+
     def channel(self, group: int, epoch: int, name: str) -> str:
         """ZMQ endpoint of one incarnation; ``name``: tokenizer, scheduler, detokenizer, rpc, shadow0, chaos0, ..."""
         return f"ipc://{self.run_dir}/g{group}e{epoch}.{name}"

@@ -400,7 +400,32 @@ _SHADOW_SEAMS = (
         flush_cache="empty_cache",
     ),
     _seam(
-        "srt.managers.scheduler_components.weight_updater:SchedulerWeightUpdaterManager", _RANK, fields="offload_tags"
+        "srt.managers.scheduler_components.weight_updater:SchedulerWeightUpdaterManager",
+        _RANK,
+        fields="offload_tags _session",
+    ),
+    _seam(
+        "srt.managers.scheduler_components.weight_updater:SchedulerWeightUpdaterManager._select_runners",
+        _RANK,
+        signature="self selector",
+    ),
+    _seam("srt.constants:GPU_MEMORY_TYPE_WEIGHTS", _RANK),
+    _seam("srt.lora.layers:BaseLayerWithLoRA", _RANK),
+    _seam("srt.managers.io_struct:BaseReq", _SPEAKERS + _RANK),
+    # What may write to the weights.
+    *(
+        _seam(f"srt.managers.io_struct:{kind}", _RANK)
+        for kind in (
+            "BeginWeightUpdateReqInput",
+            "CheckWeightsReqInput",
+            "EndWeightUpdateReqInput",
+            "ReleaseMemoryOccupationReqInput",
+            "ResumeMemoryOccupationReqInput",
+            "UpdateWeightFromDiskReqInput",
+            "UpdateWeightsFromDistributedReqInput",
+            "UpdateWeightsFromIPCReqInput",
+            "UpdateWeightsFromTensorReqInput",
+        )
     ),
     _seam("srt.managers.scheduler_components.request_receiver:SchedulerRequestReceiver", _RANK),
     *_methods("srt.managers.scheduler_components.request_receiver:SchedulerRequestReceiver", _RANK, _pull_raw_reqs=""),

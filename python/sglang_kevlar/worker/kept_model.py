@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import sglang.srt.managers.scheduler as upstream
 from sglang.srt.managers.io_struct import (
     BeginWeightUpdateReqInput,
+    CheckWeightsReqInput,
     ReleaseMemoryOccupationReqInput,
     UpdateWeightFromDiskReqInput,
     UpdateWeightsFromDistributedReqInput,
@@ -24,6 +25,7 @@ from sglang.srt.model_executor import model_runner
 from sglang.srt.runtime_context import SpawnRanks, publish, spawn_world_rank
 
 from sglang_kevlar.worker import communicators
+from sglang_kevlar.worker.weights.messages import FetchWeightsReq
 
 if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
@@ -33,6 +35,8 @@ logger = logging.getLogger(__name__)
 #: after which the weights are no longer those that a load would give, or may not be there
 _CHANGES = (
     BeginWeightUpdateReqInput,
+    CheckWeightsReqInput,  # may overwrite them
+    FetchWeightsReq,
     ReleaseMemoryOccupationReqInput,
     UpdateWeightFromDiskReqInput,
     UpdateWeightsFromDistributedReqInput,

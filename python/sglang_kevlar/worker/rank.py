@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from sglang_kevlar.shadow.rank import RankShadow
     from sglang_kevlar.worker.kept_model import KeptModel
     from sglang_kevlar.worker.sabotage import OrderTaker
+    from sglang_kevlar.worker.weights.rank import RankWeights
 
 
 class EpochOver(Exception):
@@ -110,7 +111,7 @@ class Rank:
         if self._left_because is not None:
             from sglang_kevlar.worker import retirement
 
-            retirement.retire(started)
+            retirement.retire(started, scheduler_class.chaos)
             self._names.free()
             remains = weakref.ref(started)
             del started
@@ -128,6 +129,7 @@ class Rank:
         """KevlarScheduler, made to report how it starts and ends: upstream's process function keeps that to itself."""
         from sglang_kevlar.shadow import rank as shadow
         from sglang_kevlar.worker.scheduler import KevlarScheduler
+        from sglang_kevlar.worker.weights import rank as weights
 
         process, plan, rank = self, incarnation.plan, self._rank
         orders = self._chaos(incarnation) if plan.kevlar.allow_chaos else None
@@ -141,6 +143,9 @@ class Rank:
                 place = (incarnation.group, incarnation.epoch, rank)
                 line = None if orders is None else orders.frames
                 return shadow.start(self, plan, incarnation.paths, *place, line)
+
+            def make_weights(self) -> RankWeights | None:
+                return weights.RankWeights(self, plan, incarnation.paths, incarnation.group, incarnation.epoch, rank)
 
             def __init__(self, *args: Any, **kwargs: Any) -> None:
                 try:

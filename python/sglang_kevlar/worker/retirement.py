@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +11,8 @@ import sglang.srt.managers.scheduler as upstream
 from sglang_kevlar.worker import communicators
 
 if TYPE_CHECKING:
+    from sglang_kevlar.worker.sabotage import OrderTaker
     from sglang_kevlar.worker.scheduler import KevlarScheduler
-
-logger = logging.getLogger(__name__)
 
 
 class _Watched:
@@ -47,13 +45,15 @@ class Names:
             prometheus_client.REGISTRY.unregister(collector)
 
 
-def retire(scheduler: KevlarScheduler) -> None:
+def retire(scheduler: KevlarScheduler, chaos: OrderTaker | None) -> None:
     # First: others may wait for us in a collective.
     communicators.release()
-    if scheduler.chaos is not None:
-        scheduler.chaos.stop()
+    if chaos is not None:
+        chaos.stop()
     if scheduler.shadow is not None:
         scheduler.shadow.stop()
+    if scheduler.weights is not None:
+        scheduler.weights.stop()
     scheduler.is_initializing, scheduler.cur_batch_for_debug = False, None
     channels = scheduler.ipc_channels
     sockets = [
