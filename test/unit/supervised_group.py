@@ -38,12 +38,12 @@ def main():
     def say(**message):
         os.write(ready_fd, json.dumps(message).encode() + b"\\n")
     exec(open(f"{run_dir}/{name}.load.py").read(), {**globals(), **locals()})
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     say(status="loaded", can_leave=name.startswith("rank"))
     while line := orders.readline():
         epoch = str(json.loads(line)["epoch"])
         error = serve(run_dir, group, name, epoch, say)
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         say(status="left", error=error, epoch=int(epoch))
 
 def serve(run_dir, group, name, epoch, say):
@@ -53,7 +53,7 @@ def serve(run_dir, group, name, epoch, say):
     more = {}
     try:
         exec(open(f"{run_dir}/{name}.py").read(), {**globals(), **locals()})
-        signal.signal(signal.SIGUSR1, leave)
+        signal.signal(signal.SIGUSR2, leave)
         say(status="ready", max_req_input_len=7, epoch=int(epoch), **more)
         try:
             exec(open(f"{run_dir}/{name}.serve.py").read(), {**globals(), **locals()})

@@ -185,6 +185,11 @@ def window_name(launch_id: str, group: int, epoch: int, rank: int, number: int) 
     return f"{instance_id(launch_id, group, epoch)}.window{rank}.{number}"
 
 
+def process_name(launch_id: str, group: int, pid: int) -> str:
+    """What a member keeps in shared memory whatever its epoch is called by; ended by something else than a digit."""
+    return f"kevlar-{launch_id}-g{group}p{pid}"
+
+
 def instance_id(launch_id: str, group: int, epoch: int) -> str:
     """Upstream derives its /dev/shm load snapshot from this; the janitor removes it by ``launch_id``."""
     return f"kevlar-{launch_id}-g{group}e{epoch}"

@@ -15,7 +15,7 @@ import psutil
 
 from sglang_kevlar.cluster import hosts
 from sglang_kevlar.launcher.status import StatusWriter
-from sglang_kevlar.protocol.launch import EXIT_CONFIG, LaunchPlan, NodeArgs, Paths, instance_id
+from sglang_kevlar.protocol.launch import EXIT_CONFIG, LaunchPlan, NodeArgs, Paths, instance_id, process_name
 from sglang_kevlar.worker.heartbeat import HeartbeatWriter
 from sglang_kevlar.worker.orders import Order, OrderReader
 
@@ -42,8 +42,7 @@ class Membership:
 
     def load_upstream(self) -> ServerArgs:
         """Import SGLang with our plug-ins, verified, and load what the launcher resolved."""
-        # Epochs begin at 1. What is named so goes with the files of any epoch, at the latest with the group's.
-        name_semaphores(instance_id(self.plan.launch_id, self.group, 0))
+        name_semaphores(process_name(self.plan.launch_id, self.group, os.getpid()))
         if self.plan.node is not None:
             show_other_nodes(self.plan.node)
         server_args = import_upstream(self.plan)

@@ -119,9 +119,10 @@ def why_not(server_args: ServerArgs, device_asked_for: bool) -> str | None:
 
     ``device_asked_for``: whether the operator wants it on other devices than a CPU, where it has not been shown.
     """
+    from sglang.srt.arg_groups.overrides import resolving_view
     from sglang.srt.utils import cpu_has_amx_support, is_host_cpu_arm64
 
-    args = server_args
+    args = resolving_view(server_args)
     on_cpu = args.device == "cpu"
     reasons = {
         "it was not shown to work on this device (--reform on asks for it)": not on_cpu and not device_asked_for,

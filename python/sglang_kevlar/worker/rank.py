@@ -13,6 +13,7 @@ if __name__ == "__main__":
     die_with_parent()
 
 import gc
+import logging
 import os
 import signal
 import weakref
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from sglang_kevlar.worker.kept_model import KeptModel
     from sglang_kevlar.worker.sabotage import OrderTaker
     from sglang_kevlar.worker.weights.rank import RankWeights
+
+
+logger = logging.getLogger(__name__)
 
 
 class EpochOver(Exception):
@@ -84,7 +88,9 @@ class Rank:
             return
         from sglang_kevlar.worker.kept_model import KeptModel, why_not
 
-        if why_not(server_args, plan.kevlar.reform == "on") is None:
+        if (reason := why_not(server_args, plan.kevlar.reform == "on")) is not None:
+            logger.info("A death costs all ranks of the group their process: %s", reason)
+        else:
             from sglang_kevlar.worker import retirement
 
             retirement.prepare()

@@ -151,6 +151,7 @@ class Supervisor:
     def run(self) -> int:
         """Until SIGTERM, or a failure that another try cannot cure. Returns the exit status."""
         self._clean_up()  # after a previous supervisor that was killed
+        group_files.remove_of_all_processes(self._plan.launch_id, self._group)
         group_files.remove(self._paths, self._plan.launch_id, self._group)
         self._epoch = group_files.read_epoch(self._paths, self._group)
         adopt_orphans()
@@ -476,6 +477,7 @@ class Supervisor:
         for member in self._dead:
             self._clean_up(member.record_name)
             forget(self._paths.processes, f"g{self._group}.{member.record_name}")
+            group_files.remove_of_process(self._plan.launch_id, self._group, member.process.pid)
         self._dead.clear()
         group_files.remove(self._paths, self._plan.launch_id, self._group)
         if self._exit_status or self._stop_deadline is not None:
