@@ -112,9 +112,8 @@ def test_cut_anywhere_every_endpoint_gives_the_undisturbed_answer(server: Server
     failovers = len(server.status()["failovers"])
 
     def hit() -> None:
-        group = server.serving_group()
         time.sleep(0.5)
-        server.kill(group)
+        server.kill(server.serving_group())
 
     with ThreadPoolExecutor(16) as pool:
         fault = threading.Thread(target=hit)

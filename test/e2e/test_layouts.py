@@ -52,6 +52,7 @@ def lose_a_rank(server: Server, rank: int) -> None:
     server.wait_ready()
 
 
+@pytest.mark.slow  # test_reform.py has such groups, too
 @pytest.mark.timeout(900)
 def test_tensor_parallel_groups_with_pages(models: Path, tmp_path: Path) -> None:
     with serving(models, tmp_path, "--tp-size", "2", "--page-size", "16") as server:

@@ -76,7 +76,7 @@ class World:
 
 @pytest.mark.timeout(900)
 def test_the_other_rank_lives_on(models: Path, tmp_path: Path) -> None:
-    server = Server(models / "llama-f32", tmp_path / "log", "--tp-size", "2", "--spare-ranks", "1")
+    server = Server(models / "llama-f32", tmp_path / "log", "--tp-size", "2", "--page-size", "16", "--spare-ranks", "1")
     try:
         server.wait_ready()
         world = World(server)

@@ -70,9 +70,9 @@ def test_given_up_after_two_failed_reforms_in_a_row(history: list[str]) -> None:
 # -- the supervisor
 
 
-@pytest.fixture(params=[False, True], ids=["cold", "warm"])
-def group(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Group]:
-    group = Group(tmp_path_factory.mktemp("g"), warm=request.param)
+@pytest.fixture
+def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Group]:
+    group = Group(tmp_path_factory.mktemp("g"), warm=True)
     group.configure(reform="auto")
     yield group
     group.end()
