@@ -352,6 +352,8 @@ def _problem(args: KevlarArgs) -> str | None:
         return problem
     if args.worker_groups == 0 and args.listen is None:
         return "argument --worker-groups: 0 needs --listen: somebody has to serve"
+    if args.spare_ranks and args.reform == "off":
+        return "argument --spare-ranks: a spare has no place to take where a group restarts as a whole (--reform off)"
     if args.standby_groups >= max(1, args.worker_groups):
         return (
             f"argument --standby-groups: must be less than --worker-groups ({args.worker_groups}), "

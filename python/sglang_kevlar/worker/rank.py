@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class EpochOver(Exception):
-    """Raised in the scheduler's loop when this rank is asked to leave."""
+class EpochOver(BaseException):
+    """Raised in the scheduler's loop when this rank is asked to leave. No `Exception`: handlers there would take it."""
 
 
 class _ReadyPipe:
@@ -101,7 +101,6 @@ class Rank:
 
     def _on_leave(self, *_: object) -> None:
         if self._in_loop:
-            self._in_loop = False
             raise EpochOver
 
     def _serve(self, server_args: ServerArgs, incarnation: Incarnation, gpu_id: int) -> bool:
@@ -183,8 +182,10 @@ class Rank:
                     process._in_loop = True
                     super().run_event_loop()
                 except EpochOver:
+                    process._in_loop = False
                     process._left_because = ""
                 except Exception as error:
+                    process._in_loop = False
                     process._left_because = describe(error)
                 finally:
                     process._in_loop = False
