@@ -80,7 +80,7 @@ def test_the_other_rank_lives_on(models: Path, tmp_path: Path) -> None:
     try:
         server.wait_ready()
         world = World(server)
-        for group, rank, after in ((0, 1, 0.3), (0, 0, 0.3), (1, 1, 0.1)):
+        for group, rank, after in ((0, 1, 0.3), (0, 0, 0.3), (1, 1, 0.1), (1, 1, 0.2)):
             world.lose(group, [rank], after)
         log = (tmp_path / "log").read_text()
         assert "spares" in log and "re-formed around rank0" in log

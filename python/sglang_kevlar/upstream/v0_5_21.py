@@ -300,7 +300,7 @@ _REFORM_SEAMS = (
         _RANK,
         fields="recv_from_tokenizer recv_from_rpc send_to_tokenizer send_to_detokenizer send_metrics_from_scheduler",
     ),
-    _seam(_SCHEDULER, _RANK, fields="is_initializing cur_batch_for_debug run_event_loop"),
+    _seam(_SCHEDULER, _RANK, fields="is_initializing cur_batch_for_debug run_event_loop load_snapshot_writer"),
     *_methods(
         _SCHEDULER,
         _RANK,

@@ -55,6 +55,8 @@ def retire(scheduler: KevlarScheduler, chaos: OrderTaker | None) -> None:
     if scheduler.weights is not None:
         scheduler.weights.stop()
     scheduler.is_initializing, scheduler.cur_batch_for_debug = False, None
+    if scheduler.load_snapshot_writer is not None:
+        scheduler.load_snapshot_writer.close()
     channels = scheduler.ipc_channels
     sockets = [
         channels.recv_from_tokenizer,
