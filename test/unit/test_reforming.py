@@ -46,7 +46,10 @@ def test_a_reform_has_less_time_than_a_start() -> None:
     assert rules.deadline() == 310.0
 
 
-@given(st.lists(st.sampled_from(["reform fails", "reform works", "start works", "start fails"]), max_size=30))
+_EVENTS = ("reform fails", "reform is killed", "reform works", "start works", "start fails")
+
+
+@given(st.lists(st.sampled_from(_EVENTS), max_size=30))
 def test_given_up_after_two_failed_reforms_in_a_row(history: list[str]) -> None:
     rules = Reforming(True, ["rank0"], 100.0)
     in_a_row = 0
@@ -57,7 +60,7 @@ def test_given_up_after_two_failed_reforms_in_a_row(history: list[str]) -> None:
         if event.endswith("works"):
             rules.succeeded(1.0)
         else:
-            rules.failed()
+            rules.failed(by_itself=not event.endswith("killed"))
         if event == "reform fails":
             in_a_row += 1
         elif event == "reform works":

@@ -4,7 +4,7 @@ An epoch ends for all of a group at once. Where one of its ranks died, the other
 and wait, and the next epoch is made of them and of a new process for each that is missing, from the spares if there is
 one. That this works is an assumption about processes that just went through a failure. So it is tried only after an
 epoch that served, a rank that does not leave in time is killed, and when an epoch that was *re-formed* does not become
-ready in time, the next is made of new processes alone. Twice in a row, and there are no more re-forms.
+ready in time, the next is made of new processes alone. Twice in a row by itself, and there are no more re-forms.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ LEAVE_WITHIN = 2.0
 #: seconds between two requests to leave: one may come where nobody hears it
 ASK_AGAIN = 0.2
 #: seconds for the death of another to show, when a rank leaves unasked because its loop failed
-DEATH_SHOWS_WITHIN = 0.5
+DEATH_SHOWS_WITHIN = 0.1
 #: a re-formed epoch may take so many times as long to become ready as one of new processes, and so many seconds
 _PATIENCE = 3.0
 _LEAST_PATIENCE = 10.0
@@ -72,7 +72,7 @@ class Reforming:
         else:
             self._took = now - self._began
 
-    def failed(self) -> None:
-        """The epoch ended before it was ready."""
-        if self.reformed:
+    def failed(self, by_itself: bool) -> None:
+        """The epoch ended before it was ready. ``by_itself``: nobody from outside ended it, or a process of it."""
+        if self.reformed and by_itself:
             self._strikes += 1

@@ -429,7 +429,7 @@ class Supervisor:
         failed, self._failed_loops, self._failed_deadline = self._failed_loops, {}, float("inf")
         self._fence = None
         if not served:
-            self._reforming.failed()
+            self._reforming.failed(by_itself)
         backoff = self._reform_backoff if survivors else self._backoff
         delay = 0.0 if planned else backoff.failed(0.0 if self._ready_at is None else now - self._ready_at)
         self._next_start = now + delay
