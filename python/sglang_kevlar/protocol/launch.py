@@ -185,6 +185,11 @@ def window_name(launch_id: str, group: int, epoch: int, rank: int, number: int) 
     return f"{instance_id(launch_id, group, epoch)}.window{rank}.{number}"
 
 
+def member_record(name: str, pid: int) -> str:
+    """Under which a member of a group is recorded in ``Paths.processes``: no other one's is a prefix of it."""
+    return f"{name}.{pid}."
+
+
 def process_name(launch_id: str, group: int, pid: int) -> str:
     """What a member keeps in shared memory whatever its epoch is called by; ended by something else than a digit."""
     return f"kevlar-{launch_id}-g{group}p{pid}"

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from sglang_kevlar.launcher.process import describe_exit, spawn
 from sglang_kevlar.launcher.status import StatusReader
+from sglang_kevlar.protocol.launch import member_record
 from sglang_kevlar.worker.orders import Order, OrderWriter
 from sglang_kevlar.worker.stderr import MemberStderr
 from sglang_kevlar.worker.warm_start import WarmStart
@@ -56,8 +57,8 @@ class Member:
 
     @property
     def record_name(self) -> str:
-        """Under which it is recorded in the run directory, behind the group's: no other one's is a prefix of it."""
-        return f"{self.name}.{self.process.pid}."
+        """Behind the group's name."""
+        return member_record(self.name, self.process.pid)
 
     def join(self, order: Order) -> None:
         """Have it be part of an epoch."""
