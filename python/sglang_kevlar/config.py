@@ -124,6 +124,7 @@ def _not_empty(value: str | None) -> str | None:
 
 _HINTS = get_type_hints(KevlarArgs)
 _TRANSPORTS, _WARM_STARTS = get_args(_HINTS["shadow_transport"]), get_args(_HINTS["warm_start"])
+_REFORMS = get_args(_HINTS["reform"])
 
 _FLAGS: dict[str, _Flag] = {
     "worker_groups": _Flag(
@@ -162,6 +163,17 @@ _FLAGS: dict[str, _Flag] = {
         "Where they cannot be, and with off, every start repeats the imports.",
         _one_of(_WARM_STARTS),
         f"{{{','.join(_WARM_STARTS)}}}",
+    ),
+    "reform": _Flag(
+        "When a rank dies, the others of its group keep their process and weights, and only that one is started. "
+        "auto: on a CPU; on: also on a GPU, where it was not shown to work; off: the group restarts as a whole.",
+        _one_of(_REFORMS),
+        f"{{{','.join(_REFORMS)}}}",
+    ),
+    "spare_ranks": _Flag(
+        "Ranks that each group keeps with their weights loaded, ready to take the place of one that dies: of rank 0, "
+        "rank 1, and so on. Each takes the memory of a shard. Needs --reform.",
+        _at_least(0),
     ),
     "restart_backoff": _Flag(
         "Seconds before the first restart of a dead group; doubled at every further failure.", _not_negative
@@ -340,6 +352,8 @@ def _problem(args: KevlarArgs) -> str | None:
         return problem
     if args.worker_groups == 0 and args.listen is None:
         return "argument --worker-groups: 0 needs --listen: somebody has to serve"
+    if args.spare_ranks and args.reform == "off":
+        return "argument --spare-ranks: a spare has no place to take where a group restarts as a whole (--reform off)"
     if args.standby_groups >= max(1, args.worker_groups):
         return (
             f"argument --standby-groups: must be less than --worker-groups ({args.worker_groups}), "

@@ -22,6 +22,8 @@ _TAKEN = (
     "hang_per_ktoken",
     "start_timeout",
     "warm_start",
+    "reform",
+    "spare_ranks",
     "restart_backoff",
     "restart_backoff_max",
     "control_timeout",

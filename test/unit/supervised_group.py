@@ -10,6 +10,7 @@ import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import zmq
@@ -24,19 +25,45 @@ MEMBER = """
 from sglang_kevlar.launcher.process import die_with_parent
 if __name__ == "__main__":
     die_with_parent()
-import json, os, socket, subprocess, sys, time
+import json, os, signal, socket, subprocess, sys, time
+
+class Left(Exception): ...
+
+def leave(*_):
+    raise Left
 
 def main():
-    run_dir, group, epoch, name, ready_fd = *sys.argv[1:5], int(sys.argv[6])
+    run_dir, group, name = sys.argv[1:4]
+    ready_fd, orders = int(sys.argv[5]), os.fdopen(int(sys.argv[7]), "rb")
+    def say(**message):
+        os.write(ready_fd, json.dumps(message).encode() + b"\\n")
+    exec(open(f"{run_dir}/{name}.load.py").read(), {**globals(), **locals()})
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    say(status="loaded", can_leave=name.startswith("rank"))
+    while line := orders.readline():
+        epoch = str(json.loads(line)["epoch"])
+        error = serve(run_dir, group, name, epoch, say)
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+        say(status="left", error=error, epoch=int(epoch))
+
+def serve(run_dir, group, name, epoch, say):
     channel = socket.socket(socket.AF_UNIX)
     channel.bind(f"{run_dir}/g{group}e{epoch}.{name}")
     open(f"/dev/shm/sglang_loads_kevlar-LAUNCH_ID-g{group}e{epoch}_{name}.shm", "w").close()
-    def say(**message):
-        os.write(ready_fd, json.dumps(message).encode() + b"\\n")
     more = {}
-    exec(open(f"{run_dir}/{name}.py").read(), {**globals(), **locals()})
-    say(status="ready", max_req_input_len=7, **more)
-    time.sleep(1000)
+    try:
+        exec(open(f"{run_dir}/{name}.py").read(), {**globals(), **locals()})
+        signal.signal(signal.SIGUSR2, leave)
+        say(status="ready", max_req_input_len=7, epoch=int(epoch), **more)
+        try:
+            exec(open(f"{run_dir}/{name}.serve.py").read(), {**globals(), **locals()})
+        except OSError as problem:
+            return str(problem)
+        time.sleep(1000)
+    except Left:
+        return ""
+    finally:
+        channel.close()
 
 if __name__ == "__main__":
     main()
@@ -62,19 +89,19 @@ from sglang_kevlar.launcher.process import die_with_parent
 die_with_parent()
 from sglang_kevlar.launcher.status import StatusWriter
 from sglang_kevlar.protocol.launch import LaunchPlan, Paths
-from sglang_kevlar.worker.supervisor import Supervisor
+from sglang_kevlar.worker.supervisor import Meeting, Supervisor
 run_dir, warm, fail_fast, status_fd = sys.argv[1], sys.argv[2] == "1", sys.argv[3] == "1", int(sys.argv[4])
 paths = Paths(run_dir)
 plan = msgspec.json.decode(open(paths.plan, "rb").read(), type=LaunchPlan)
-commands = lambda epoch: {
-    name: [sys.executable, "-m", "fake_member", run_dir, "0", str(epoch), name]
-    for name in ("rank0", "rank1", "detokenizer")
+commands = {
+    name: [sys.executable, "-m", "fake_member", run_dir, "0", name] for name in ("rank0", "rank1", "detokenizer")
 }
 sys.exit(Supervisor(
     paths,
     plan,
     0,
     commands,
+    lambda: Meeting(1),
     template=[sys.executable, "-m", "fake_template", run_dir] if warm else None,
     status=StatusWriter(status_fd),
     exit_on_failed_start=fail_fast,
@@ -94,14 +121,17 @@ class Group:
         (run_dir / "fake_template.py").write_text(TEMPLATE)
         for name in ("rank0", "rank1", "detokenizer", "template"):
             self.behave(name, "")
+            self.behave(f"{name}.load", "")
+            self.behave(f"{name}.serve", "")
         self.context = zmq.Context()
         self.listen()
         self.process: subprocess.Popen[bytes] | None = None
         self.status = b""
         self.pids: set[int] = set()
 
-    def configure(self, **settings: float) -> None:
-        kevlar = KevlarArgs(**{"restart_backoff": 0.05, "restart_backoff_max": 0.4, **settings})
+    def configure(self, **settings: Any) -> None:
+        quick = {"restart_backoff": 0.05, "restart_backoff_max": 0.4, "reform": "off"}
+        kevlar = KevlarArgs(**{**quick, **settings})
         plan = LaunchPlan(
             version=1, upstream="", launch_id=LAUNCH_ID, kevlar=kevlar, tp_size=2, pp_size=1, gpu_ids=[[0, 0]],
             host="", port=0, server_args_file="",

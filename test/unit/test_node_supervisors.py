@@ -32,14 +32,20 @@ from sglang_kevlar.worker import follower, head, nodes
 run_dir, status = sys.argv[1], StatusWriter(int(sys.argv[2]))
 plan = msgspec.json.decode(open(Paths(run_dir).plan, "rb").read(), type=LaunchPlan)
 
-def members(paths, plan, group, meeting):
-    def commands(epoch):
-        with open(f"{run_dir}/meetings", "a") as file:
-            file.write(" ".join(meeting()) + "\\n")
-        names = [f"rank{rank}" for rank in plan.ranks] + ["detokenizer"] * (0 in plan.ranks)
-        return {name: [sys.executable, "-m", "fake_member", run_dir, "0", str(epoch), name] for name in names}
-    return commands
+def members(paths, plan, group):
+    names = [f"rank{rank}" for rank in plan.ranks] + ["detokenizer"] * (0 in plan.ranks)
+    return {name: [sys.executable, "-m", "fake_member", run_dir, "0", name] for name in names}
 
+def noted(meet):
+    def meeting(self):
+        where = meet(self)
+        with open(f"{run_dir}/meetings", "a") as file:
+            file.write(f"--dist-host {where.host} --dist-port {where.port}\\n")
+        return where
+    return meeting
+
+for each in (head.Head, follower.Follower):
+    each._meeting = noted(each._meeting)
 follower.engine_commands = head.engine_commands = members
 sys.exit(nodes.run(Paths(run_dir), plan, 0, status, {"exit_on_failed_start": sys.argv[3] == "1"}))
 """
@@ -69,6 +75,8 @@ class Node:
         (run_dir / "fake_member.py").write_text(MEMBER.replace(LAUNCH_ID, plan.launch_id))
         for name in ("rank0", "rank1", "detokenizer"):
             (run_dir / f"{name}.py").write_text(textwrap.dedent(code) if name == f"rank{rank}" else "")
+            for step in ("load", "serve"):
+                (run_dir / f"{name}.{step}.py").write_text("")
         self.process: subprocess.Popen[bytes] | None = None
         self.start(fail_fast)
 
@@ -92,10 +100,11 @@ class Node:
         return os.read(self._status, 65536)
 
     def pid(self, name: str) -> int:
-        return int((Path(self.paths.processes) / f"g0.{name}").read_text().split()[0])
+        records = sorted(Path(self.paths.processes).glob(f"g0.{name}.*"), key=lambda path: path.stat().st_mtime_ns)
+        return int(records[-1].read_text().split()[0])
 
     def has(self, name: str) -> bool:
-        return (Path(self.paths.processes) / f"g0.{name}").exists() and alive(self.pid(name))
+        return bool(list(Path(self.paths.processes).glob(f"g0.{name}.*"))) and alive(self.pid(name))
 
     @property
     def meetings(self) -> list[str]:

@@ -87,7 +87,7 @@ def scheduler(monkeypatch: pytest.MonkeyPatch) -> Any:
     made.model_config = SimpleNamespace(vocab_size=100, dtype=torch.float32)
     made.batch_result_processor = SimpleNamespace(_maybe_update_reasoning_tokens=lambda req, ids: None)
     made._arriving_resume = None
-    made.shadow = None
+    made.shadow = made.weights = None
     made._forced = ForcedDecode(SimpleNamespace(forward_batch_generation=None))
     made._in_flight = deque(maxlen=2)
     made.sent = []

@@ -39,7 +39,7 @@ def test_a_later_stage_waits_for_the_one_before(monkeypatch: pytest.MonkeyPatch,
     stage: Any = KevlarScheduler.__new__(KevlarScheduler)
     beats = Beats()
     monkeypatch.setattr(KevlarScheduler, "heartbeat", beats)
-    stage._later_stage, stage._in_flight, stage.shadow = later, deque(maxlen=2), None
+    stage._later_stage, stage._in_flight, stage.shadow, stage.weights = later, deque(maxlen=2), None, None
     stage._forced = ForcedDecode(SimpleNamespace(forward_batch_generation=None))
 
     stage.ingest_requests()

@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from sglang_kevlar.launcher.process import ProcessId, identify, open_pidfd
-from sglang_kevlar.protocol.launch import LaunchPlan, Paths
+from sglang_kevlar.protocol.launch import LaunchPlan, Paths, member_record
 
 _SUPERVISOR = "sglang_kevlar.worker.supervisor"
 
@@ -43,10 +43,14 @@ class Processes:
 
         Raises NotHere.
         """
+        # Members of a group may be several of one name, so their records are named by their pids, too.
+        member = Path(self.paths.processes, member_record(name, pid)) if pid is not None else None
+        path = member if member is not None and member.exists() else Path(self.paths.processes, name)
         try:
-            recorded_pid, ticks = map(int, Path(self.paths.processes, name).read_text().split())
+            recorded_pid, ticks = map(int, path.read_text().split())
         except (OSError, ValueError):
-            raise NotHere(f"{name} is not on record in {self.paths.processes}") from None
+            said = "" if pid is None else f" (the status says pid {pid})"
+            raise NotHere(f"{name} is not on record in {self.paths.processes}{said}") from None
         if pid is not None and pid != recorded_pid:
             raise NotHere(f"{name}: the status says pid {pid}, the record {recorded_pid}")
         process = ProcessId(recorded_pid, ticks)

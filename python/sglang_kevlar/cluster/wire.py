@@ -17,6 +17,12 @@ from sglang.srt.managers import io_struct
 from sglang.srt.utils.msgpack_utils import dec_hook, enc_hook, ext_hook
 
 from sglang_kevlar.worker.resume import ResumedGenerateReqInput, ShadowPlanReq, StartedReqOutput
+from sglang_kevlar.worker.weights.messages import (
+    FetchWeightsReq,
+    FetchWeightsReqOutput,
+    ServeWeightsReq,
+    ServeWeightsReqOutput,
+)
 
 #: Control requests that read, and change nothing: any frontend may ask. By the type of their answer.
 READS: dict[type, type] = {
@@ -34,6 +40,7 @@ CHANGES: tuple[type, ...] = (
     io_struct.EndWeightUpdateReqInput,
     io_struct.LoadLoRAAdapterReqInput,
     io_struct.UnloadLoRAAdapterReqInput,
+    FetchWeightsReq,
 )
 
 #: to a group. Not here, for what they carry is pickled or a handle of one host: updates and adapters from tensors, IPC
@@ -46,6 +53,7 @@ _TO_GROUP: tuple[type, ...] = (
     ShadowPlanReq,
     *READS,
     *CHANGES,
+    ServeWeightsReq,
     io_struct.FlushCacheReqInput,
     io_struct.PauseGenerationReqInput,
     io_struct.ContinueGenerationReqInput,
@@ -82,6 +90,8 @@ _FROM_GROUP: tuple[type, ...] = (
     io_struct.ProfileReqOutput,
     io_struct.ExpertDistributionReqOutput,
     io_struct.SlowDownReqOutput,
+    ServeWeightsReqOutput,
+    FetchWeightsReqOutput,
 )
 
 #: fields that upstream pickles: with what none of them has, a scheduler makes its own, and a frontend reports no times

@@ -19,6 +19,7 @@ from sglang_kevlar.frontend.channels import Channel
 from sglang_kevlar.frontend.fan_out import GroupCommunicator, GroupEpoch, reason_of
 from sglang_kevlar.frontend.replay import RunTimeChanges, changes_weights
 from sglang_kevlar.frontend.update_groups import UpdateGroups
+from sglang_kevlar.frontend.weight_transfers import WeightTransfers
 from sglang_kevlar.frontend.wire_check import Unsendable, check_message
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class ControlRequests:
         self._changes = changes
         self._timeout = timeout
         self._update_groups = UpdateGroups(tp_size)
+        self._transfers = WeightTransfers(failover, changes, self._weights_change, timeout)
         #: by the type of the answer
         self._communicators: dict[type, GroupCommunicator] = {}
         #: the answer to what is being replayed
@@ -86,6 +88,8 @@ class ControlRequests:
 
     def answer(self, member: GroupEpoch, reply: Any) -> bool:
         """Whether ``reply`` belongs here."""
+        if self._transfers.answer(member, reply):
+            return True
         replay = self._replaying.get(member)
         communicator = self._communicators.get(type(reply))
         if replay is not None:
@@ -98,6 +102,7 @@ class ControlRequests:
     def group_lost(self, member: GroupEpoch) -> None:
         for communicator in self._communicators.values():
             communicator.on_group_lost(member)
+        self._transfers.group_lost(member)
         self._replayed.pop(member, None)
         replay = self._replaying.get(member)
         if replay is not None and not replay.done():
@@ -135,9 +140,17 @@ class ControlRequests:
         if not channel.remote and self._changes.has_all(channel.group, channel.epoch):
             return None  # it served the frontend before this one
         applied: list[Any] = []
+        #: names the weights that came from another group
+        fetched: str | None = None
         while not channel.closed:
-            if self._changes.not_replayable is not None:
-                return self._changes.not_replayable
+            if self._changes.not_replayable is not None and fetched != self._changes.content:
+                fetched, reason = await self._transfers.bring(channel)
+                if reason is not None:
+                    return reason
+                applied = [change for change in applied if not changes_weights(change)]
+                continue
+            if fetched not in (None, self._changes.content) and self._changes.weights is None:
+                return "the change whose weights it took over was taken back meanwhile"
             wanted = self._changes.replay()
             if any(all(change is not other for other in wanted) for change in applied):
                 return "a change that had been replayed to it was taken back or replaced meanwhile"
@@ -205,6 +218,13 @@ class ControlRequests:
         for (group, epoch), replayed in list(self._replayed.items()):
             if any(change is request for change in replayed):
                 self._kill(group, epoch, f"{name} was replayed to it and then failed in the others")
+
+    def _weights_change(self) -> bool:
+        """Whether it is open which groups took a change of the weights."""
+        return any(
+            communicator.under_way is not None and changes_weights(communicator.under_way)
+            for communicator in self._communicators.values()
+        )
 
     def _forget_kv(self) -> None:
         self._failover.journal.weights += 1

@@ -39,6 +39,8 @@ class GroupCommunicator:
         self._nobody_did = nobody_did
         self._timeout = timeout
         self._one_at_a_time = asyncio.Lock()
+        #: sent, and not yet answered by all
+        self.under_way: Any = None
         self._expected: set[GroupEpoch] = set()
         self._answers: dict[GroupEpoch, Any] = {}
         #: answers that callers did not wait for; they are not those of the next request
@@ -66,6 +68,7 @@ class GroupCommunicator:
             if not self._expected:
                 self._nobody_did(request, self._name, {})
                 raise HTTPException(503, f"{self._name}: no worker group serves")
+            self.under_way = request
             try:
                 async with asyncio.timeout(self._timeout):
                     while not self._expected <= self._answers.keys():
@@ -74,6 +77,8 @@ class GroupCommunicator:
             except TimeoutError:
                 pass
             finally:
+                # What became of it is worked out before anybody else has a turn.
+                self.under_way = None
                 expected, self._expected = self._expected, set()
                 silent = sorted(expected - self._answers.keys())
                 self._owed.update(silent)

@@ -2,7 +2,8 @@
 
 No two groups ever serve different weights unnoticed. What can be replayed (weights from disk, adapters, the weight
 version's name, a pause) is; after an update that only live processes received (from tensors, a distributed group or
-IPC) a group that starts again stays out of service, with that as its named reason.
+IPC) the weights themselves come from a group that has them (`frontend.weight_transfers`). While there is none, a group
+that starts again stays out of service, with that as its named reason.
 """
 
 from __future__ import annotations
@@ -82,7 +83,8 @@ class RunTimeChanges:
 
     @property
     def not_replayable(self) -> str | None:
-        """Why a group that starts again must not serve; None while everything can be replayed."""
+        """Why a group that starts again must not serve without the weights of one that has them; None while everything
+        can be replayed."""
         return self._changes.not_replayable
 
     def is_change(self, request: Any) -> bool:
@@ -138,7 +140,10 @@ class RunTimeChanges:
                 f"running groups received; update from disk, or restart the server, to bring it back"
             )
             version = now.version
-            if (named := getattr(request, "weight_version", None)) is not None:
+            named = getattr(request, "weight_version", None)
+            if named is None and version is None and now.weights is not None:
+                named = now.weights.weight_version  # these are not replayed any more
+            if named is not None:
                 version = UpdateWeightVersionReqInput(new_version=named)
             return replace(now, version=version, content=content, not_replayable=why)
         if isinstance(request, UpdateWeightVersionReqInput):
@@ -181,6 +186,8 @@ class RunTimeChanges:
         return [change for changes in self._changes.adapters.values() for change in changes]
 
     def replay(self) -> list[Any]:
-        """The requests that bring a fresh group up to date, in order."""
+        """The requests that bring a fresh group up to date, in order. After updates that only live processes received,
+        a group that has the weights by now."""
         now = self._changes
-        return [change for change in (now.weights, now.version, *self.adapters, now.pause) if change is not None]
+        weights = now.weights if now.not_replayable is None else None
+        return [change for change in (weights, now.version, *self.adapters, now.pause) if change is not None]

@@ -126,9 +126,12 @@ class Child:
             except ProcessLookupError:
                 pass
 
+    def ended(self) -> bool:
+        return self._status is not None or bool(select.select([self.pidfd], [], [], 0)[0])
+
     def reap(self) -> int | None:
         """The exit status (negative: the signal), or None while it runs."""
-        if self._status is None and select.select([self.pidfd], [], [], 0)[0]:
+        if self._status is None and self.ended():
             self.kill()
             self._status = self._wait()
             os.close(self.pidfd)
@@ -193,6 +196,13 @@ def record(directory: str, name: str, process: ProcessId) -> None:
     with open(temporary, "w") as file:
         file.write(f"{process.pid} {process.start_ticks}")
     os.replace(temporary, f"{directory}/{name}")
+
+
+def forget(directory: str, name: str) -> None:
+    try:
+        os.unlink(f"{directory}/{name}")
+    except FileNotFoundError:
+        pass
 
 
 def recorded(directory: str, prefix: str = "") -> list[ProcessId]:

@@ -40,6 +40,10 @@ class KevlarArgs(msgspec.Struct, frozen=True, kw_only=True):
     error_window: float = 30.0
     #: whether members are forked of a process that has the imports behind it (`worker.warm_start`)
     warm_start: Literal["auto", "off"] = "auto"
+    #: whether ranks outlive the death of others of their group (`control.reforming`); "on": also where not shown
+    reform: Literal["auto", "on", "off"] = "auto"
+    #: ranks a group keeps ready beside those that serve, the first ones
+    spare_ranks: int = 0
     restart_backoff: float = 0.5
     restart_backoff_max: float = 30.0
     #: deadline of a control request (flush, weight update, ...) in every group
@@ -167,6 +171,10 @@ class Paths:
         """Of a group on several hosts: the endpoints of all its shadow stores, by rank."""
         return f"{self.run_dir}/g{group}e{epoch}.stores"
 
+    def weights(self, group: int, epoch: int, rank: int) -> str:
+        """What a rank says of the transfer of weights that it took part in last."""
+        return f"{self.run_dir}/g{group}e{epoch}.rank{rank}.weights"
+
     def channel(self, group: int, epoch: int, name: str) -> str:
         """ZMQ endpoint of one incarnation; ``name``: tokenizer, scheduler, detokenizer, rpc, shadow0, chaos0, ..."""
         return f"ipc://{self.run_dir}/g{group}e{epoch}.{name}"
@@ -175,6 +183,16 @@ class Paths:
 def window_name(launch_id: str, group: int, epoch: int, rank: int, number: int) -> str:
     """File in /dev/shm of a rank's shadow window. Gone as soon as the target has it; the janitor knows the name."""
     return f"{instance_id(launch_id, group, epoch)}.window{rank}.{number}"
+
+
+def member_record(name: str, pid: int) -> str:
+    """Under which a member of a group is recorded in ``Paths.processes``: no other one's is a prefix of it."""
+    return f"{name}.{pid}."
+
+
+def process_name(launch_id: str, group: int, pid: int) -> str:
+    """What a member keeps in shared memory whatever its epoch is called by; ended by something else than a digit."""
+    return f"kevlar-{launch_id}-g{group}p{pid}"
 
 
 def instance_id(launch_id: str, group: int, epoch: int) -> str:

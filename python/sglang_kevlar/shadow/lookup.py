@@ -107,6 +107,11 @@ class Lookups:
         self._declined: set[bytes] = set()
         self._tickets = itertools.count()
 
+    def close(self) -> None:
+        for socket in self._sockets or ():
+            socket.close()
+        self._sockets = []
+
     def find(self, message: Any, content: str) -> PromoteReq | None:
         """What to promote for a request that has just arrived; None for most."""
         if not len(self._store) or not content or isinstance(message, TokenizedEmbeddingReqInput):

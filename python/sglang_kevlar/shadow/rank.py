@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import threading
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -118,7 +119,7 @@ class RankShadow:
             ranks=place.sharers, token_bytes=layout.token_bytes, store_capacity_tokens=capacity * layout.block_tokens
         )
         self._store = ShadowStore(capacity, layout.block_bytes, place.sharers)
-        network = Network(keys.load(args.cluster_key_file))
+        network = self._network = Network(keys.load(args.cluster_key_file))
         near = choose(args.shadow_transport, args.advertise or LOOPBACK)
         tcp = near if near.name == "tcp" else choose("tcp", LOOPBACK)
         far = tcp if near.name == "shm" else near
@@ -172,6 +173,17 @@ class RankShadow:
         self._ahead_at = math.inf if args.shadow_audit else 0.0
         self._server.start()
         self._sender.start()
+
+    def stop(self) -> None:
+        """What it keeps for others is lost, as with a process that dies. Its threads end in the background."""
+        threading.Thread(target=self._end, name="kevlar-shadow-end", daemon=True).start()
+
+    def _end(self) -> None:
+        self._sender.stop()
+        self._server.stop()
+        self._lookups.close()
+        self._store.close()
+        self._network.close()
 
     def follow(self, plan: ShadowPlanReq) -> None:
         if plan.content != self.exporter.content:

@@ -27,12 +27,16 @@ class MappableMemory:
     """Memory that other ranks of this host map by ``file``. It has no name, so nothing can be left behind."""
 
     def __init__(self, blocks: int, block_bytes: int) -> None:
-        descriptor = os.memfd_create("kevlar-shadow")
+        descriptor = self._descriptor = os.memfd_create("kevlar-shadow")
         os.ftruncate(descriptor, blocks * block_bytes)
         memory = mmap.mmap(descriptor, blocks * block_bytes)
         self.bytes = np.frombuffer(memory, dtype=np.uint8).reshape(blocks, block_bytes)
-        # Of this process: it ends when the rank does, and with that the group.
+        # Of this process: it ends with the rank's part in this epoch, at the latest.
         self.file = f"/proc/{os.getpid()}/fd/{descriptor}"
+
+    def close(self) -> None:
+        """The memory goes when nobody has it mapped any more."""
+        os.close(self._descriptor)
 
 
 class SharedStore:

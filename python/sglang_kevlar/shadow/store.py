@@ -66,6 +66,12 @@ class ShadowStore:
         #: how often everything was forgotten
         self.clears = 0
 
+    def close(self) -> None:
+        """Nobody uses it any more."""
+        self._checkers.shutdown(wait=False)
+        if self._shared is not None:
+            self._shared.close()
+
     @property
     def evicted(self) -> int:
         return self._index.evicted

@@ -56,7 +56,7 @@ _START = (
         fields="tokenizer_path revision quantization kv_cache_dtype page_size lora_paths random_seed",
     ),
     _seam("srt.server_args:ServerArgs", _ALL, fields="host port model_path tp_size pp_size"),
-    _seam("srt.arg_groups.overrides:resolving_view", _PREPARE, signature="server_args"),
+    _seam("srt.arg_groups.overrides:resolving_view", _PREPARE + _RANK, signature="server_args"),
     _seam("srt.arg_groups.model_override_base:model_config_of", _PREPARE, signature="server_args"),
     _seam(
         "srt.configs.model_config:ModelConfig",
@@ -269,6 +269,50 @@ _FRONTEND_SEAMS = (
 _SCHEDULER = "srt.managers.scheduler:Scheduler"
 _REQ = "srt.managers.schedule_batch:Req"
 _BATCH = "srt.managers.schedule_batch:ScheduleBatch"
+#: of ranks that outlive an epoch
+_REFORM_SEAMS = (
+    _seam("srt.runtime_context:publish", _RANK, passes="server_args role ranks"),
+    _seam("srt.runtime_context:spawn_world_rank", _RANK, passes="server_args tp_rank pp_rank"),
+    _seam("srt.runtime_context:SpawnRanks", _RANK, passes="world_rank dp_rank gpu_id"),
+    _seam("srt.managers.scheduler:configure_scheduler_process", _RANK, passes="server_args gpu_id"),
+    _seam("srt.managers.scheduler:create_scheduler_watchdog", _RANK, signature="scheduler watchdog_timeout soft"),
+    _seam("srt.distributed.bootstrap:measure_pre_model_load_memory", _RANK, signature="device is_draft_worker"),
+    _seam(
+        "srt.model_executor.model_runner:load_model_with_memory_saver",
+        _RANK,
+        signature="model_config load_config device gpu_id memory_saver_adapter is_draft_worker",
+    ),
+    _seam("srt.distributed.parallel_state:GroupCoordinator", _RANK, fields="device_group cpu_group destroy"),
+    _seam("srt.distributed.parallel_state:destroy_model_parallel", _RANK, passes=""),
+    _seam("srt.distributed.parallel_state:destroy_distributed_environment", _RANK, passes=""),
+    _seam("srt.distributed.parallel_state:abort_distributed_environment", _RANK, passes=""),
+    _seam("srt.utils:cpu_has_amx_support", _RANK, passes=""),
+    _seam("srt.utils:is_host_cpu_arm64", _RANK, passes=""),
+    _seam(
+        "srt.server_args:ServerArgs",
+        _RANK,
+        fields="device enable_dp_attention dp_size ep_size enable_lora speculative_algorithm enable_hierarchical_cache "
+        "enable_memory_saver cpu_offload_gb enable_torch_compile disaggregation_mode enable_pdmux elastic_ep_backend "
+        "load_format",
+    ),
+    _seam(
+        "srt.managers.scheduler_components.ipc_channels:SchedulerIpcChannels",
+        _RANK,
+        fields="recv_from_tokenizer recv_from_rpc send_to_tokenizer send_to_detokenizer send_metrics_from_scheduler",
+    ),
+    _seam(_SCHEDULER, _RANK, fields="is_initializing cur_batch_for_debug run_event_loop load_snapshot_writer"),
+    *_methods(
+        _SCHEDULER,
+        _RANK,
+        init_soft_watchdog="",
+        init_metrics_collector="",
+        init_ipc_channels="port_args",
+        init_idle_sleeper="",
+        init_tokenizer="",
+        handle_freeze_gc="recv_req",
+    ),
+)
+
 _WORKER_SEAMS = (
     _seam(
         "srt.managers.scheduler:run_scheduler_process",
@@ -400,7 +444,32 @@ _SHADOW_SEAMS = (
         flush_cache="empty_cache",
     ),
     _seam(
-        "srt.managers.scheduler_components.weight_updater:SchedulerWeightUpdaterManager", _RANK, fields="offload_tags"
+        "srt.managers.scheduler_components.weight_updater:SchedulerWeightUpdaterManager",
+        _RANK,
+        fields="offload_tags _session",
+    ),
+    _seam(
+        "srt.managers.scheduler_components.weight_updater:SchedulerWeightUpdaterManager._select_runners",
+        _RANK,
+        signature="self selector",
+    ),
+    _seam("srt.constants:GPU_MEMORY_TYPE_WEIGHTS", _RANK),
+    _seam("srt.lora.layers:BaseLayerWithLoRA", _RANK),
+    _seam("srt.managers.io_struct:BaseReq", _SPEAKERS + _RANK),
+    # What may write to the weights.
+    *(
+        _seam(f"srt.managers.io_struct:{kind}", _RANK)
+        for kind in (
+            "BeginWeightUpdateReqInput",
+            "CheckWeightsReqInput",
+            "EndWeightUpdateReqInput",
+            "ReleaseMemoryOccupationReqInput",
+            "ResumeMemoryOccupationReqInput",
+            "UpdateWeightFromDiskReqInput",
+            "UpdateWeightsFromDistributedReqInput",
+            "UpdateWeightsFromIPCReqInput",
+            "UpdateWeightsFromTensorReqInput",
+        )
     ),
     _seam("srt.managers.scheduler_components.request_receiver:SchedulerRequestReceiver", _RANK),
     *_methods("srt.managers.scheduler_components.request_receiver:SchedulerRequestReceiver", _RANK, _pull_raw_reqs=""),
@@ -508,4 +577,12 @@ _CPU_SEAMS = (
     _seam("srt.lora.backend.torch_backend:torch", _CPU),
 )
 
-SEAMS: tuple[Seam, ...] = (*_START, *_IPC, *_FRONTEND_SEAMS, *_WORKER_SEAMS, *_SHADOW_SEAMS, *_CPU_SEAMS)
+SEAMS: tuple[Seam, ...] = (
+    *_START,
+    *_IPC,
+    *_FRONTEND_SEAMS,
+    *_REFORM_SEAMS,
+    *_WORKER_SEAMS,
+    *_SHADOW_SEAMS,
+    *_CPU_SEAMS,
+)

@@ -15,8 +15,9 @@ import psutil
 
 from sglang_kevlar.cluster import hosts
 from sglang_kevlar.launcher.status import StatusWriter
-from sglang_kevlar.protocol.launch import EXIT_CONFIG, LaunchPlan, NodeArgs, Paths, instance_id
+from sglang_kevlar.protocol.launch import EXIT_CONFIG, LaunchPlan, NodeArgs, Paths, instance_id, process_name
 from sglang_kevlar.worker.heartbeat import HeartbeatWriter
+from sglang_kevlar.worker.orders import Order, OrderReader
 
 if TYPE_CHECKING:
     from sglang.srt.server_args import PortArgs, ServerArgs
@@ -26,31 +27,24 @@ if TYPE_CHECKING:
 _NEVER = 1 << 62
 
 
-class Incarnation:
-    """This process: a member of one epoch of one worker group."""
+class Membership:
+    """This process: a member of one worker group. Of which epoch, it is told by an order (`worker.orders`)."""
 
     def __init__(self, args: argparse.Namespace, role: Literal["rank", "detokenizer"], member: str) -> None:
         self.role = role
         self.paths = Paths(args.run_dir)
         self.group: int = args.group
-        self.epoch: int = args.epoch
         self.member = member
-        self.dist_port: int = args.dist_port
-        #: where the ranks meet; None: on this host
-        self.dist_host: str | None = args.dist_host
         self.status = StatusWriter(args.ready_fd)
+        self.orders = OrderReader(args.orders_fd)
         with open(self.paths.plan, "rb") as file:
             self.plan = msgspec.json.decode(file.read(), type=LaunchPlan)
-        self.instance_id = instance_id(self.plan.launch_id, self.group, self.epoch)
-        self.heartbeat = HeartbeatWriter(
-            self.paths.heartbeat(self.group, self.epoch, member), f"{self.instance_id}.{member}.hb"
-        )
 
     def load_upstream(self) -> ServerArgs:
         """Import SGLang with our plug-ins, verified, and load what the launcher resolved."""
-        name_semaphores(self.instance_id)
+        name_semaphores(process_name(self.plan.launch_id, self.group, os.getpid()))
         if self.plan.node is not None:
-            meet_other_nodes(self.plan.node, f"tcp://{self.dist_host}:{self.dist_port}")
+            show_other_nodes(self.plan.node)
         server_args = import_upstream(self.plan)
 
         from sglang.srt.utils import set_ulimit
@@ -64,6 +58,32 @@ class Incarnation:
         multiprocessing.set_start_method("spawn", force=True)
         return server_args
 
+    def next_epoch(self) -> Incarnation | None:
+        """Waits for the order. None: the supervisor is gone."""
+        order = self.orders.next()
+        return None if order is None else Incarnation(self, order)
+
+
+class Incarnation:
+    """What this process is in one epoch of its group."""
+
+    def __init__(self, membership: Membership, order: Order) -> None:
+        self.membership = membership
+        self.paths, self.plan, self.group = membership.paths, membership.plan, membership.group
+        self.epoch = order.epoch
+        self._dist_port = order.dist_port
+        if order.dist_host is not None:
+            # Where ranks meet is another place for each epoch, and not the one that ``--dist-init-addr`` says.
+            os.environ["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"] = f"tcp://{order.dist_host}:{order.dist_port}"
+        self.instance_id = instance_id(self.plan.launch_id, self.group, self.epoch)
+        self.heartbeat = HeartbeatWriter(
+            self.paths.heartbeat(self.group, self.epoch, membership.member),
+            f"{self.instance_id}.{membership.member}.hb",
+        )
+
+    def send(self, message: dict[str, object]) -> None:
+        self.membership.status.send({**message, "epoch": self.epoch})
+
     def port_args(self) -> PortArgs:
         """Channels of this incarnation alone, which is what makes closing them a fence."""
         from sglang.srt.server_args import PortArgs
@@ -75,7 +95,7 @@ class Incarnation:
             tokenizer_ipc_name=channel("tokenizer"),
             scheduler_input_ipc_name=channel("scheduler"),
             detokenizer_ipc_name=channel("detokenizer"),
-            nccl_port=self.dist_port,
+            nccl_port=self._dist_port,
             rpc_ipc_name=channel("rpc"),
             metrics_ipc_name=channel("metrics"),
             tokenizer_worker_ipc_name=None,
@@ -91,10 +111,8 @@ class Incarnation:
         get_context().override("sglang_kevlar", extra_metric_labels=labels)
 
 
-def meet_other_nodes(node: NodeArgs, meeting: str) -> None:
-    """Before anything of upstream or torch is imported: where to, and by which address of this host."""
-    # Where ranks meet is another place for each epoch, and not the one that ``--dist-init-addr`` says.
-    os.environ["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"] = meeting
+def show_other_nodes(node: NodeArgs) -> None:
+    """By which address of this host other nodes reach it. Before anything of upstream or torch is imported."""
     address = hosts.towards(node.head)
     if address is None:
         return
@@ -137,13 +155,12 @@ def name_semaphores(owner: str) -> None:
 def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser()
     parser.add_argument("--run-dir", required=True)
-    for name in ("--group", "--epoch", "--dist-port", "--ready-fd"):
+    for name in ("--group", "--ready-fd", "--orders-fd"):
         parser.add_argument(name, type=int, required=True)
-    parser.add_argument("--dist-host")
     return parser
 
 
-def run_member(incarnation: Incarnation, body: Callable[[], bool]) -> None:
+def run_member(membership: Membership, body: Callable[[], bool]) -> None:
     """Run ``body`` and end the process; never returns. ``body`` says whether it ended as it should.
 
     The end is immediate: threads of a broken engine must not keep the process, and with it its group, alive.
@@ -154,7 +171,7 @@ def run_member(incarnation: Incarnation, body: Callable[[], bool]) -> None:
     except BaseException as error:
         traceback.print_exc()
         status = _status_of(error)
-        incarnation.status.send({"status": "error", "error": describe(error)})
+        membership.status.send({"status": "error", "error": describe(error)})
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -9,7 +9,7 @@ if __name__ == "__main__":
 
 from typing import TYPE_CHECKING, Any
 
-from sglang_kevlar.worker.bootstrap import Incarnation, argument_parser, run_member
+from sglang_kevlar.worker.bootstrap import Incarnation, Membership, argument_parser, run_member
 
 if TYPE_CHECKING:
     from sglang.srt.managers.detokenizer_manager import DetokenizerManager
@@ -37,24 +37,26 @@ def _manager_class(incarnation: Incarnation) -> type[DetokenizerManager]:
 
         def event_loop(self) -> None:
             heartbeat.wait()
-            incarnation.status.send({"status": "ready"})
+            incarnation.send({"status": "ready"})
             super().event_loop()
 
     return KevlarDetokenizer
 
 
-def _run(incarnation: Incarnation) -> bool:
-    server_args = incarnation.load_upstream()
+def _run(membership: Membership) -> bool:
+    server_args = membership.load_upstream()
     from sglang.srt.managers.detokenizer_manager import run_detokenizer_process
 
+    incarnation = membership.next_epoch()
+    if incarnation is None:
+        return True
     run_detokenizer_process(server_args, incarnation.port_args(), _manager_class(incarnation))
     return False  # it has no end of its own; it returns after an exception, once it has logged it
 
 
 def main() -> None:
-    args = argument_parser().parse_args()
-    incarnation = Incarnation(args, "detokenizer", "detokenizer")
-    run_member(incarnation, lambda: _run(incarnation))
+    membership = Membership(argument_parser().parse_args(), "detokenizer", "detokenizer")
+    run_member(membership, lambda: _run(membership))
 
 
 if __name__ == "__main__":

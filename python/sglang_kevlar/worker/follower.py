@@ -23,7 +23,7 @@ from sglang_kevlar.protocol.launch import EXIT_CONFIG, LaunchPlan, Paths
 from sglang_kevlar.protocol.nodes import decode
 from sglang_kevlar.worker import group_files
 from sglang_kevlar.worker.local_watch import LocalWatch
-from sglang_kevlar.worker.supervisor import Supervisor, engine_commands
+from sglang_kevlar.worker.supervisor import Meeting, Supervisor, engine_commands
 from sglang_kevlar.worker.terminal_log import log_by
 
 
@@ -38,7 +38,7 @@ class Follower(Supervisor):
         self._dialled: list[zmq.Socket[bytes]] = []
         #: not said yet
         self._unsaid: GroupState | None = None
-        super().__init__(paths, plan, group, engine_commands(paths, plan, group, self._meeting), **how)
+        super().__init__(paths, plan, group, engine_commands(paths, plan, group), self._meeting, **how)
         log_by(self._log)
         self._phase = "down"
         # Whether the group ever starts is for the first node to say.
@@ -122,9 +122,9 @@ class Follower(Supervisor):
     def _timeout_ms(self) -> int:
         return 0 if self._unsaid is not None else min(super()._timeout_ms(), int(TICK * 1000))
 
-    def _meeting(self) -> list[str]:
+    def _meeting(self) -> Meeting:
         order = self._orders.take()
-        return ["--dist-host", order.host, "--dist-port", str(order.port)]
+        return Meeting(order.port, order.host)
 
     def _look_here(self) -> None:
         if self._phase != "ready":

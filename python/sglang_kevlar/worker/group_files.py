@@ -29,6 +29,15 @@ def next_epoch(paths: Paths, group: int) -> int:
     return epoch
 
 
+def remove_of_process(launch_id: str, group: int, pid: int) -> None:
+    """Shared memory that a dead member had for longer than an epoch."""
+    remove_shared_memory(launch_id, f"-g{group}p{pid}-")
+
+
+def remove_of_all_processes(launch_id: str, group: int) -> None:
+    remove_shared_memory(launch_id, f"-g{group}p")
+
+
 def remove(paths: Paths, launch_id: str, group: int) -> None:
     """Sockets, heartbeat pages and shared memory of all epochs of the group. None of its members may be alive."""
     for file in glob.glob(f"{glob.escape(paths.run_dir)}/g{group}e[0-9]*.*"):

@@ -24,7 +24,7 @@ from sglang_kevlar.protocol.cluster import GroupState
 from sglang_kevlar.protocol.group import GroupReport, LossKind
 from sglang_kevlar.protocol.launch import LaunchPlan, Paths
 from sglang_kevlar.protocol.nodes import StartNode, encode
-from sglang_kevlar.worker.supervisor import Supervisor, engine_commands, meeting_port
+from sglang_kevlar.worker.supervisor import Meeting, Supervisor, engine_commands, meeting_port
 from sglang_kevlar.worker.terminal_log import log_by
 
 #: seconds between two lines about who is waited for
@@ -43,7 +43,7 @@ class Head(Supervisor):
         self._lost: nodes.Lost | None = None
         self._waiting = ""
         self._told_at = 0.0
-        super().__init__(paths, plan, group, engine_commands(paths, plan, group, self._meeting), **how)
+        super().__init__(paths, plan, group, engine_commands(paths, plan, group), self._meeting, **how)
         log_by(self._log)
         self._phase = "down"
 
@@ -115,13 +115,13 @@ class Head(Supervisor):
     def _timeout_ms(self) -> int:
         return min(super()._timeout_ms(), int(TICK * 1000))
 
-    def _meeting(self) -> list[str]:
+    def _meeting(self) -> Meeting:
         """The other nodes are told, too: all of them start now."""
         assert self._plan.node is not None
         host, port = split_address(self._plan.node.head)[0], meeting_port(self._plan, self._group)
         self._lost = None
         self._act(self._nodes.begin(StartNode(host=host, port=port)))
-        return ["--dist-host", host, "--dist-port", str(port)]
+        return Meeting(port, host)
 
     def _all_ready(self) -> bool:
         return self._nodes.ready and super()._all_ready()

@@ -16,6 +16,7 @@ from sglang.srt.managers.io_struct import BaseReq, TokenizedGenerateReqInput
 
 from sglang_kevlar.protocol.resume import ResumeState
 from sglang_kevlar.protocol.shadow import ShadowTarget
+from sglang_kevlar.worker.weights import messages as weights
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -59,8 +60,8 @@ class ShadowPlanReq(BaseReq, kw_only=True):  # type: ignore[call-arg, misc]
 
 
 def register_wire_types() -> None:
-    """Let upstream's sockets carry the types above. Needed in both end processes; idempotent."""
-    io_struct.hook_custom_types(ResumedGenerateReqInput, StartedReqOutput, ShadowPlanReq)
+    """Let upstream's sockets carry the types above, and others of ours. Needed in both end processes; idempotent."""
+    io_struct.hook_custom_types(ResumedGenerateReqInput, StartedReqOutput, ShadowPlanReq, *weights.TYPES)
 
 
 def as_resumed(tokenized: TokenizedGenerateReqInput, resume: ResumeState) -> ResumedGenerateReqInput:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_ORDER_BYTES = 1 << 16
+#: milliseconds between two looks whether to stop
+STOP_POLL = 100
 #: frames that are kept to be sent again
 REMEMBERED = 16
 _OF_THE_FIRST = ("truncate", "drop", "double", "swap")
@@ -49,7 +51,13 @@ class OrderTaker:
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_ORDER_BYTES)
         self._socket.bind(endpoint)
-        threading.Thread(target=self._run, name="kevlar-chaos", daemon=True).start()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="kevlar-chaos", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopping = True
+        self._thread.join()
 
     def obey(self) -> None:
         """Called by the scheduler's loop at each turn."""
@@ -60,7 +68,9 @@ class OrderTaker:
             time.sleep(order.seconds)
 
     def _run(self) -> None:
-        while True:
+        while not self._stopping:
+            if not self._socket.poll(STOP_POLL):
+                continue
             message = b"".join(self._socket.recv_multipart())
             try:
                 error = ""
@@ -69,6 +79,7 @@ class OrderTaker:
                 error = f"not an order: {problem}"
             harmed, to_harm = self.frames.account()
             self._socket.send(msgspec.json.encode(Obeyed(error=error, harmed=harmed, to_harm=to_harm)))
+        self._socket.close()
 
     def _take(self, order: Order) -> None:
         if isinstance(order, Report):

@@ -43,6 +43,8 @@ from sglang_kevlar.worker.resume import (
     undo_resume,
     why_not_resumable,
 )
+from sglang_kevlar.worker.weights.messages import FetchWeightsReq, ServeWeightsReq
+from sglang_kevlar.worker.weights.rank import RankWeights
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +94,7 @@ class KevlarScheduler(Scheduler):  # type: ignore[misc]
         self._arriving_resume: Any = None
         self.shadow: RankShadow | None = None
         self._promoter: Promoter | None = None
+        self.weights: RankWeights | None = None
         super().__init__(*args, **kwargs)
         #: Tokens of the batches that may be in flight. With overlap a step waits for the batch before; a pipeline
         #: stage waits for all microbatches.
@@ -101,10 +104,15 @@ class KevlarScheduler(Scheduler):  # type: ignore[misc]
         self._later_stage = parallel.pp_rank > 0
         self._forced = ForcedDecode(self.model_worker)
         self.shadow, self._promoter = self.start_shadow()
+        self.weights = self.make_weights()
 
     def start_shadow(self) -> tuple[RankShadow | None, Promoter | None]:
         """This rank's part of the shadow. A rank process, which knows its group, makes one."""
         return None, None
+
+    def make_weights(self) -> RankWeights | None:
+        """This rank's part in handing weights from group to group. Also of a rank process."""
+        return None
 
     def get_init_info(self) -> dict[str, Any]:
         said: dict[str, Any] = super().get_init_info()
@@ -119,6 +127,8 @@ class KevlarScheduler(Scheduler):  # type: ignore[misc]
                 (ResumedGenerateReqInput, self.handle_resumed_request),
                 (PromoteReq, self._promote),
                 (ShadowPlanReq, self._follow_shadow_plan),
+                (ServeWeightsReq, self._serve_weights),
+                (FetchWeightsReq, self._fetch_weights),
             ]
         )
 
@@ -251,6 +261,16 @@ class KevlarScheduler(Scheduler):  # type: ignore[misc]
         if self.shadow is not None:
             self.shadow.exporter.after_result(batch)
 
+    # --- weights that go to another group, or come from one
+
+    def _serve_weights(self, request: ServeWeightsReq) -> None:
+        assert self.weights is not None, "only frontends ask for it, and they have groups"
+        self.weights.serve(request)
+
+    def _fetch_weights(self, request: FetchWeightsReq) -> None:
+        assert self.weights is not None, "only frontends ask for it, and they have groups"
+        self.weights.fetch(request)
+
     # --- penalties under the overlap schedule
 
     @contextmanager
@@ -289,7 +309,11 @@ class KevlarScheduler(Scheduler):  # type: ignore[misc]
     def process_input_requests(self, recv_reqs: list[Any]) -> None:
         if self.heartbeat is not None and not all(isinstance(recv_req, _WORK) for recv_req in recv_reqs):
             self.heartbeat.control()
+        if self.weights is not None:
+            self.weights.before(recv_reqs)
         super().process_input_requests(recv_reqs)
+        if self.weights is not None and (answer := self.weights.turn()) is not None:
+            self.ipc_channels.send_to_tokenizer.send_output(answer)
         # Scheduling what arrived is work with a deadline. If nothing comes of it, the loop says idle.
         if self.heartbeat is not None and (recv_reqs or (self._later_stage and self._in_flight)):
             self.heartbeat.forward(sum(self._in_flight))

@@ -4,8 +4,8 @@ Imports are most of what a restart takes. This process does nothing else, so a f
 imported: no second thread, no child, no CUDA. Where that cannot be had it says so, and members are started cold.
 
 It is asked over a socket: ``{"module": "...", "argv": [...]}`` with three descriptors: the member's standard error,
-what it says about its start, and a pipe with a byte that lets it go on. It answers ``{"pid": N}`` or
-``{"error": "..."}``. A member is orphaned at once, which makes it a child of the supervisor
+what it says about its start, and the pipe of its orders, with a byte in front that lets it go on. It answers
+``{"pid": N}`` or ``{"error": "..."}``. A member is orphaned at once, which makes it a child of the supervisor
 (`launcher.process.adopt_orphans`); without the byte it ends, for then nobody knows of it.
 """
 
@@ -112,19 +112,18 @@ def _fork(channel: socket.socket, data: bytes, descriptors: list[int]) -> int:
     return int(pid)
 
 
-def _become(module: str, argv: list[str], stderr: int, ready: int, go: int) -> NoReturn:
+def _become(module: str, argv: list[str], stderr: int, ready: int, orders: int) -> NoReturn:
     """Run ``module`` as if this process had been started with it; never returns."""
     status = 1
     try:
         os.setsid()
         os.dup2(stderr, 2)
         os.close(stderr)
-        if not os.read(go, 1):
+        if not os.read(orders, 1):
             os._exit(1)
-        os.close(go)
         die_with_parent()
         _restore_threads()
-        sys.argv = [module, *argv, "--ready-fd", str(ready)]
+        sys.argv = [module, *argv, "--ready-fd", str(ready), "--orders-fd", str(orders)]
         importlib.import_module(module).main()
         status = 0
     except BaseException:

@@ -100,27 +100,21 @@ class WarmStart:
         """An epoch starts."""
         self._warm = self._ready_at is not None and not self.suspect
 
-    def fork(self, name: str, command: Sequence[str], stderr: int, ready: int) -> Child | None:
-        """A member that runs ``command`` (a Python module), or None: it has to be started cold."""
+    def fork(self, name: str, command: Sequence[str], stderr: int, ready: int, orders: int) -> Child | None:
+        """A member that runs ``command`` (a Python module) when it is let go, or None: it has to be started cold."""
         if not self._warm or self._channel is None:
             return None
         python, option, module, *argv = command
         assert (python, option) == (sys.executable, "-m")
         request = json.dumps({"module": module, "argv": argv}).encode()
-        reader, go = os.pipe()
         try:
-            socket.send_fds(self._channel, [request], [stderr, ready, reader])
+            socket.send_fds(self._channel, [request], [stderr, ready, orders])
             answer = self._receive()
             if isinstance(pid := answer.get("pid"), int):
-                member = adopted(name, pid)  # first: one that goes on is one that we know
-                os.write(go, b"1")
-                return member
+                return adopted(name, pid)
             reason = str(answer.get("error", "no answer"))
         except OSError as error:
             reason = str(error)
-        finally:
-            os.close(reader)
-            os.close(go)
         self._discard(f"it does not fork: {reason}")
         return None
 

@@ -1,0 +1,146 @@
+"""The weights of a rank's shard, which outlive its epochs.
+
+They are loaded before the rank is part of one: upstream's own constructor runs as far as that, over groups that cannot
+speak yet (`communicators.unbound`). What it loaded is handed to the scheduler of each epoch in place of a load.
+Pools are not kept: they are given back and made anew, which sizes them by upstream's rule and takes 40 ms here.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING, Any
+
+import sglang.srt.managers.scheduler as upstream
+from sglang.srt.managers.io_struct import (
+    BeginWeightUpdateReqInput,
+    CheckWeightsReqInput,
+    ReleaseMemoryOccupationReqInput,
+    UpdateWeightFromDiskReqInput,
+    UpdateWeightsFromDistributedReqInput,
+    UpdateWeightsFromIPCReqInput,
+    UpdateWeightsFromTensorReqInput,
+)
+from sglang.srt.model_executor import model_runner
+from sglang.srt.runtime_context import SpawnRanks, publish, spawn_world_rank
+
+from sglang_kevlar.worker import communicators
+from sglang_kevlar.worker.weights.messages import FetchWeightsReq
+
+if TYPE_CHECKING:
+    from sglang.srt.server_args import ServerArgs
+
+logger = logging.getLogger(__name__)
+
+#: after which the weights are no longer those that a load would give, or may not be there
+_CHANGES = (
+    BeginWeightUpdateReqInput,
+    CheckWeightsReqInput,  # may overwrite them
+    FetchWeightsReq,
+    ReleaseMemoryOccupationReqInput,
+    UpdateWeightFromDiskReqInput,
+    UpdateWeightsFromDistributedReqInput,
+    UpdateWeightsFromIPCReqInput,
+    UpdateWeightsFromTensorReqInput,
+)
+
+
+class _Loaded(Exception):
+    """Ends upstream's constructor once the weights are there."""
+
+
+class _AsFarAsWeights(upstream.Scheduler):  # type: ignore[misc]
+    """Without what belongs to an epoch."""
+
+    def init_soft_watchdog(self) -> None: ...
+
+    def init_metrics_collector(self) -> None: ...
+
+    def init_ipc_channels(self, port_args: Any) -> None: ...
+
+    def init_idle_sleeper(self) -> None: ...
+
+    def init_tokenizer(self) -> None: ...
+
+
+class _NoPorts:
+    nccl_port = 0
+
+
+class KeptModel:
+    """Stands in for the function by which upstream's model runner loads a model."""
+
+    def __init__(self) -> None:
+        self._load = model_runner.load_model_with_memory_saver
+        self._kept: Any = None
+        #: what it was made over, or was bound to last
+        self._groups: dict[str, communicators.Group] = {}
+        self._preloading = False
+        model_runner.load_model_with_memory_saver = self._take
+
+    def load(self, server_args: ServerArgs, gpu_id: int, tp_rank: int, pp_rank: int) -> None:
+        began = time.monotonic()
+        world_rank = spawn_world_rank(server_args, tp_rank=tp_rank, pp_rank=pp_rank)
+        publish(server_args, role="scheduler", ranks=SpawnRanks(world_rank=world_rank, dp_rank=None, gpu_id=gpu_id))
+        upstream.configure_scheduler_process(server_args, gpu_id)
+        self._preloading = True
+        try:
+            with communicators.unbound(world_rank, server_args.tp_size * server_args.pp_size):
+                _AsFarAsWeights(server_args, _NoPorts())
+        except _Loaded:
+            pass
+        finally:
+            self._preloading = False
+        assert self._kept is not None
+        communicators.release()
+        logger.info("Weights are loaded, %.2f s; waiting for the other ranks.", time.monotonic() - began)
+
+    def observe(self, messages: list[Any]) -> None:
+        """Called with everything that the scheduler receives, before it acts on it."""
+        if self._kept is not None and any(isinstance(message, _CHANGES) for message in messages):
+            logger.info("Weights may change now: those of the next epoch are loaded again.")
+            self._kept = None
+
+    def _take(self, **how: Any) -> Any:
+        if how["is_draft_worker"]:
+            return self._load(**how)
+        if self._kept is None:
+            self._kept = self._load(**how)
+        else:
+            communicators.rebind(self._kept.model, self._groups)
+        self._groups = communicators.groups()
+        if self._preloading:
+            raise _Loaded
+        return self._kept
+
+
+def why_not(server_args: ServerArgs, device_asked_for: bool) -> str | None:
+    """Why ranks with these arguments cannot outlive an epoch; None: they can.
+
+    ``device_asked_for``: whether the operator wants it on other devices than a CPU, where it has not been shown.
+    """
+    from sglang.srt.arg_groups.overrides import resolving_view
+    from sglang.srt.utils import cpu_has_amx_support, is_host_cpu_arm64
+
+    args = resolving_view(server_args)
+    on_cpu = args.device == "cpu"
+    reasons = {
+        "it was not shown to work on this device (--reform on asks for it)": not on_cpu and not device_asked_for,
+        "all-reduces through shared memory are for the life of a process": on_cpu
+        and args.tp_size > 1
+        and (cpu_has_amx_support() or is_host_cpu_arm64()),
+        "--enable-dp-attention": args.enable_dp_attention,
+        "--dp-size": args.dp_size > 1,
+        "--ep-size": args.ep_size > 1,
+        "--enable-lora changes the model's modules": bool(args.enable_lora),
+        "a draft model": args.speculative_algorithm is not None,
+        "--enable-hierarchical-cache": args.enable_hierarchical_cache,
+        "--enable-memory-saver": args.enable_memory_saver,
+        "--cpu-offload-gb": args.cpu_offload_gb > 0,
+        "--enable-torch-compile": args.enable_torch_compile,
+        "--disaggregation-mode": args.disaggregation_mode != "null",
+        "--enable-pdmux": args.enable_pdmux,
+        "an elastic EP backend": args.elastic_ep_backend is not None,
+        "another load format than of files": args.load_format not in ("auto", "safetensors", "pt", "dummy"),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
