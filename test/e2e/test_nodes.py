@@ -240,7 +240,8 @@ def test_shadows_between_a_group_on_one_host_and_one_on_two(
 
             world.server.wait(linked, "shadow links", PATIENCE)
             run = directory / ("one.run" if lost == "one" else "node1.run")
-            victim = int((run / "processes" / "g0.rank1").read_text().split()[0])
+            (record,) = (run / "processes").glob("g0.rank1.*")
+            victim = int(record.read_text().split()[0])
             case = native("long", prompt="x = 1\n" * 200, sampling={"max_new_tokens": 300})
             [expected] = world.answers([case])
             assert world.answers_while(lambda: os.kill(victim, signal.SIGKILL), [case]) == [expected]
