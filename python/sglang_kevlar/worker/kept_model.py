@@ -119,7 +119,9 @@ def why_not(server_args: ServerArgs, device_asked_for: bool) -> str | None:
 
     ``device_asked_for``: whether the operator wants it on other devices than a CPU, where it has not been shown.
     """
+    from sglang.srt.arg_groups.model_override_base import model_config_of
     from sglang.srt.arg_groups.overrides import resolving_view
+    from sglang.srt.configs.model_config import AttentionArch
     from sglang.srt.utils import cpu_has_amx_support, is_host_cpu_arm64
 
     args = resolving_view(server_args)
@@ -133,6 +135,8 @@ def why_not(server_args: ServerArgs, device_asked_for: bool) -> str | None:
         "--dp-size": args.dp_size > 1,
         "--ep-size": args.ep_size > 1,
         "--enable-lora changes the model's modules": bool(args.enable_lora),
+        # Its scheduler does not start over weights that were loaded before it; why is not known yet.
+        "latent attention (MLA)": model_config_of(server_args).attention_arch == AttentionArch.MLA,
         "a draft model": args.speculative_algorithm is not None,
         "--enable-hierarchical-cache": args.enable_hierarchical_cache,
         "--enable-memory-saver": args.enable_memory_saver,
