@@ -91,7 +91,7 @@ def test_the_other_rank_lives_on(models: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("model", ["llama-f32", "moe-f32"])
+@pytest.mark.parametrize("model", ["llama-f32", "moe-f32", "mla-f32"])
 def test_a_hundred_deaths(models: Path, tmp_path: Path, model: str) -> None:
     """``KEVLAR_DEATHS`` of them, either rank of either group, at random moments, at times both."""
     chance = random.Random(11)

@@ -57,7 +57,7 @@ _START = (
     ),
     _seam("srt.server_args:ServerArgs", _ALL, fields="host port model_path tp_size pp_size"),
     _seam("srt.arg_groups.overrides:resolving_view", _PREPARE + _RANK, signature="server_args"),
-    _seam("srt.arg_groups.model_override_base:model_config_of", _PREPARE + _RANK, signature="server_args"),
+    _seam("srt.arg_groups.model_override_base:model_config_of", _PREPARE, signature="server_args"),
     _seam(
         "srt.configs.model_config:ModelConfig",
         _PREPARE,
@@ -286,8 +286,7 @@ _REFORM_SEAMS = (
     _seam("srt.distributed.parallel_state:destroy_model_parallel", _RANK, passes=""),
     _seam("srt.distributed.parallel_state:destroy_distributed_environment", _RANK, passes=""),
     _seam("srt.distributed.parallel_state:abort_distributed_environment", _RANK, passes=""),
-    _seam("srt.configs.model_config:AttentionArch", _RANK, fields="MLA"),
-    _seam("srt.configs.model_config:ModelConfig", _RANK, fields="attention_arch"),
+    _seam("srt.runtime_context:reset_context", _RANK, passes=""),
     _seam("srt.utils:cpu_has_amx_support", _RANK, passes=""),
     _seam("srt.utils:is_host_cpu_arm64", _RANK, passes=""),
     _seam(

@@ -8,7 +8,6 @@ in place of those (`rebind`).
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ import torch
 import torch.distributed as dist
 from sglang.srt.distributed import bootstrap, parallel_state
 from sglang.srt.distributed.parallel_state import GroupCoordinator
+from sglang.srt.runtime_context import reset_context
 
 _BACKEND = "kevlar_unbound"
 
@@ -50,9 +50,9 @@ class _UnboundCoordinator(GroupCoordinator):  # type: ignore[misc]
         self.device_module = torch.get_device_module(self.device)
         self._fi_workspace_hint: str | None = None
         self.pynccl_comm = self.ca_comm = self.pymscclpp_comm = self.mq_broadcaster = None
-        # One object each, so that it can be told by what it has to be replaced.
-        whole = self.world_size == dist.get_world_size()
-        self.device_group = dist.group.WORLD if whole else _Silent(self.rank_in_group, self.world_size)
+        # One object each, so that it can be told by what it has to be replaced. Of the world's, the backend is asked.
+        world = group_name == "world"
+        self.device_group: Any = dist.group.WORLD if world else _Silent(self.rank_in_group, self.world_size)
         self.cpu_group: Any = _Silent(self.rank_in_group, self.world_size)
 
     def destroy(self) -> None:
@@ -84,17 +84,27 @@ def groups() -> dict[str, Group]:
 
 
 def release() -> None:
-    """Leave all groups. Others that wait for this rank in a collective get an error."""
+    """Leave all groups, and have upstream forget the engine that used them: settings, buffers, expert locations.
+
+    Gloo closes its connections, at which others see it, with the last reference to a group.
+    """
     if torch.cuda.is_available():
         parallel_state.abort_distributed_environment()  # destroying is a collective there
     parallel_state.destroy_model_parallel()
     parallel_state.destroy_distributed_environment()
-    gc.collect()
+    reset_context()
 
 
-def rebind(model: torch.nn.Module, former: dict[str, Group]) -> None:
-    """Have ``model`` use the groups of now wherever it holds one of ``former``."""
-    now = groups()
+def unbind(model: torch.nn.Module, former: dict[str, Group]) -> dict[str, Group]:
+    """Have ``model`` hold nothing of ``former``. What it holds instead, for `rebind`."""
+    stand_ins = {id(each): object() for group in former.values() for each in group}
+    nothing = {name: Group(*(stand_ins[id(each)] for each in group)) for name, group in former.items()}
+    rebind(model, former, nothing)
+    return nothing
+
+
+def rebind(model: torch.nn.Module, former: dict[str, Group], now: dict[str, Group]) -> None:
+    """Have ``model`` hold groups of ``now`` wherever it holds the same of ``former``. Raises RuntimeError."""
     if missing := former.keys() - now.keys():
         raise RuntimeError(f"there is no {', '.join(sorted(missing))} any more")
     replacement = {

@@ -2,7 +2,7 @@
 
 They are loaded before the rank is part of one: upstream's own constructor runs as far as that, over groups that cannot
 speak yet (`communicators.unbound`). What it loaded is handed to the scheduler of each epoch in place of a load.
-Pools are not kept: they are given back and made anew, which sizes them by upstream's rule and takes 40 ms here.
+Pools are not kept: they are given back and made anew, which sizes them by upstream's rule.
 """
 
 from __future__ import annotations
@@ -92,8 +92,14 @@ class KeptModel:
         finally:
             self._preloading = False
         assert self._kept is not None
+        self.unbind()
         communicators.release()
         logger.info("Weights are loaded, %.2f s; waiting for the other ranks.", time.monotonic() - began)
+
+    def unbind(self) -> None:
+        """Let go of the groups of an epoch, which is what closes them for others."""
+        if self._kept is not None:
+            self._groups = communicators.unbind(self._kept.model, self._groups)
 
     def observe(self, messages: list[Any]) -> None:
         """Called with everything that the scheduler receives, before it acts on it."""
@@ -107,7 +113,7 @@ class KeptModel:
         if self._kept is None:
             self._kept = self._load(**how)
         else:
-            communicators.rebind(self._kept.model, self._groups)
+            communicators.rebind(self._kept.model, self._groups, communicators.groups())
         self._groups = communicators.groups()
         if self._preloading:
             raise _Loaded
@@ -119,9 +125,7 @@ def why_not(server_args: ServerArgs, device_asked_for: bool) -> str | None:
 
     ``device_asked_for``: whether the operator wants it on other devices than a CPU, where it has not been shown.
     """
-    from sglang.srt.arg_groups.model_override_base import model_config_of
     from sglang.srt.arg_groups.overrides import resolving_view
-    from sglang.srt.configs.model_config import AttentionArch
     from sglang.srt.utils import cpu_has_amx_support, is_host_cpu_arm64
 
     args = resolving_view(server_args)
@@ -135,8 +139,6 @@ def why_not(server_args: ServerArgs, device_asked_for: bool) -> str | None:
         "--dp-size": args.dp_size > 1,
         "--ep-size": args.ep_size > 1,
         "--enable-lora changes the model's modules": bool(args.enable_lora),
-        # Its scheduler does not start over weights that were loaded before it; why is not known yet.
-        "latent attention (MLA)": model_config_of(server_args).attention_arch == AttentionArch.MLA,
         "a draft model": args.speculative_algorithm is not None,
         "--enable-hierarchical-cache": args.enable_hierarchical_cache,
         "--enable-memory-saver": args.enable_memory_saver,

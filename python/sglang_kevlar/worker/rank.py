@@ -116,6 +116,8 @@ class Rank:
         if self._left_because is not None:
             from sglang_kevlar.worker import retirement
 
+            assert self._kept is not None
+            self._kept.unbind()
             retirement.retire(started, scheduler_class.chaos)
             self._names.free()
             remains = weakref.ref(started)
@@ -181,14 +183,13 @@ class Rank:
                 try:
                     process._in_loop = True
                     super().run_event_loop()
-                except EpochOver:
                     process._in_loop = False
+                except EpochOver:
+                    process._in_loop = False  # first: it may be asked once more
                     process._left_because = ""
                 except Exception as error:
                     process._in_loop = False
                     process._left_because = describe(error)
-                finally:
-                    process._in_loop = False
 
         if orders is None:
             return RankScheduler

@@ -46,7 +46,7 @@ class Names:
 
 
 def retire(scheduler: KevlarScheduler, chaos: OrderTaker | None) -> None:
-    # First: others may wait for us in a collective.
+    """What is left holds nothing but itself, and is garbage with the last reference from outside."""
     communicators.release()
     if chaos is not None:
         chaos.stop()
