@@ -84,6 +84,10 @@ def test_the_other_rank_lives_on(models: Path, tmp_path: Path) -> None:
             world.lose(group, [rank], after)
         log = (tmp_path / "log").read_text()
         assert "spares" in log and "re-formed around rank0" in log
+        before = server.group(0)
+        os.kill(before["pids"]["detokenizer"], signal.SIGKILL)
+        assert world.wait_epoch(0, before["epoch"])["pids"]["ranks"] == before["pids"]["ranks"]
+        assert "loaded again" not in (tmp_path / "log").read_text()
         world.check_alone(0)
     finally:
         server.stop()

@@ -34,7 +34,7 @@ def leave(*_):
 
 def main():
     run_dir, group, name = sys.argv[1:4]
-    ready_fd, orders = int(sys.argv[5]), os.fdopen(int(sys.argv[7]), "rb")
+    ready_fd, orders = int(sys.argv[-3]), os.fdopen(int(sys.argv[-1]), "rb")
     def say(**message):
         os.write(ready_fd, json.dumps(message).encode() + b"\\n")
     exec(open(f"{run_dir}/{name}.load.py").read(), {**globals(), **locals()})
@@ -89,7 +89,8 @@ from sglang_kevlar.launcher.process import die_with_parent
 die_with_parent()
 from sglang_kevlar.launcher.status import StatusWriter
 from sglang_kevlar.protocol.launch import LaunchPlan, Paths
-from sglang_kevlar.worker.supervisor import Meeting, Supervisor
+from sglang_kevlar.worker.engine_group import Meeting
+from sglang_kevlar.worker.supervisor import Supervisor
 run_dir, warm, fail_fast, status_fd = sys.argv[1], sys.argv[2] == "1", sys.argv[3] == "1", int(sys.argv[4])
 paths = Paths(run_dir)
 plan = msgspec.json.decode(open(paths.plan, "rb").read(), type=LaunchPlan)

@@ -56,6 +56,9 @@ def test_given_up_after_two_failed_reforms_in_a_row(history: list[str]) -> None:
     for event in history:
         if rules.given_up:
             break
+        if event == "start fails":
+            rules.form([], 0.0)
+            rules.succeeded(1.0)  # proved, or it would be a suspect
         rules.form(["rank0"] if event.startswith("reform") else [], 0.0)
         if event.endswith("works"):
             rules.succeeded(1.0)
@@ -68,6 +71,35 @@ def test_given_up_after_two_failed_reforms_in_a_row(history: list[str]) -> None:
     assert rules.given_up == (in_a_row >= 2)
     assert bool(rules.survivors(served=True, planned=False, alive=["rank0"])) != rules.given_up
     assert rules.missing_spares([]) == ([] if rules.given_up else ["rank0"])
+
+
+def test_loading_first_is_blamed_only_for_what_works_without() -> None:
+    rules = Reforming(True, ["rank0"], 100.0)
+    assert not rules.loads_in_place
+    for _ in range(2):  # fails either way: tried in turns
+        rules.form([], 0.0)
+        rules.failed(by_itself=True)
+        assert rules.suspect and rules.loads_in_place
+        rules.form([], 0.0)
+        rules.failed(by_itself=True)
+        assert not rules.loads_in_place
+    rules.form([], 0.0)
+    rules.failed(by_itself=False)
+    assert not rules.suspect
+    rules.form([], 0.0)
+    rules.failed(by_itself=True)
+    rules.form([], 0.0)
+    rules.succeeded(1.0)
+    assert rules.given_up and rules.loads_in_place and not rules.missing_spares([])
+
+
+def test_loading_first_that_worked_once_is_not_blamed() -> None:
+    rules = Reforming(True, (), 100.0)
+    rules.form([], 0.0)
+    rules.succeeded(1.0)
+    rules.form([], 2.0)
+    rules.failed(by_itself=True)
+    assert not rules.suspect and not rules.loads_in_place
 
 
 # -- the supervisor
@@ -171,6 +203,18 @@ def test_a_reform_that_fails_is_followed_by_a_whole_start(group: Group) -> None:
     (group.run_dir / "bad").unlink()
     third = group.ready(after=2)
     assert not set(pids(third).values()) & set(pids(first).values())
+
+
+@pytest.mark.parametrize("fail_fast", [False, True])
+def test_ranks_that_cannot_load_first_load_in_place(group: Group, fail_fast: bool) -> None:
+    group.configure(reform="auto", spare_ranks=1)
+    group.behave("rank1", "if '--in-place' not in sys.argv: raise RuntimeError('asserted')")
+    group.start(fail_fast)
+    first = group.ready()
+    assert first.epoch > 1
+    os.kill(pid_of(first, "rank0"), signal.SIGKILL)
+    second = group.ready(after=first.epoch)
+    assert not set(pids(second).values()) & set(pids(first).values())
 
 
 def test_operators_restart_is_of_new_processes(group: Group) -> None:

@@ -5,6 +5,8 @@ and wait, and the next epoch is made of them and of a new process for each that 
 one. That this works is an assumption about processes that just went through a failure. So it is tried only after an
 epoch that served, a rank that does not leave in time is killed, and when an epoch that was *re-formed* does not become
 ready in time, the next is made of new processes alone. Twice in a row by itself, and there are no more re-forms.
+That weights can be loaded before the scheduler that uses them is another assumption: until a group was ready that way,
+a start that fails by itself is repeated without, and when that succeeds, it stays so.
 """
 
 from __future__ import annotations
@@ -31,6 +33,10 @@ class Reforming:
         self._wanted = tuple(spares) if allowed else ()
         self._start_timeout = start_timeout
         self._strikes = 0
+        #: a group was ready whose ranks had loaded their weights first; or only one was whose ranks had not
+        self._proved = self._refuted = False
+        #: the last start failed, and loading first may be why: the next is without
+        self.suspect = False
         #: seconds that the last epoch of new processes took to become ready
         self._took: float | None = None
         self._began = 0.0
@@ -39,7 +45,12 @@ class Reforming:
 
     @property
     def given_up(self) -> bool:
-        return self._strikes >= _STRIKES
+        return self._strikes >= _STRIKES or self._refuted
+
+    @property
+    def loads_in_place(self) -> bool:
+        """Whether a new rank is to load its weights as upstream does, though it could be of several epochs."""
+        return self._allowed and (self.given_up or self.suspect)
 
     def survivors(self, served: bool, planned: bool, alive: Collection[str]) -> frozenset[str]:
         """Who is asked to leave, of an epoch that ends now; the others are killed.
@@ -71,8 +82,14 @@ class Reforming:
             self._strikes = 0
         else:
             self._took = now - self._began
+        if self.suspect:
+            self._refuted, self.suspect = True, False
+        self._proved = self._proved or not self.loads_in_place
 
     def failed(self, by_itself: bool) -> None:
         """The epoch ended before it was ready. ``by_itself``: nobody from outside ended it, or a process of it."""
         if self.reformed and by_itself:
             self._strikes += 1
+        elif by_itself:
+            # When it fails without, too, that was not why.
+            self.suspect = self._allowed and not self._proved and not self.loads_in_place

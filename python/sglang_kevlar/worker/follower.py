@@ -22,8 +22,9 @@ from sglang_kevlar.protocol.group import GroupReport, ProcessRef
 from sglang_kevlar.protocol.launch import EXIT_CONFIG, LaunchPlan, Paths
 from sglang_kevlar.protocol.nodes import decode
 from sglang_kevlar.worker import group_files
+from sglang_kevlar.worker.engine_group import Meeting, engine_commands
 from sglang_kevlar.worker.local_watch import LocalWatch
-from sglang_kevlar.worker.supervisor import Meeting, Supervisor, engine_commands
+from sglang_kevlar.worker.supervisor import Supervisor
 from sglang_kevlar.worker.terminal_log import log_by
 
 

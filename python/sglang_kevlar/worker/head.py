@@ -24,7 +24,8 @@ from sglang_kevlar.protocol.cluster import GroupState
 from sglang_kevlar.protocol.group import GroupReport, LossKind
 from sglang_kevlar.protocol.launch import LaunchPlan, Paths
 from sglang_kevlar.protocol.nodes import StartNode, encode
-from sglang_kevlar.worker.supervisor import Meeting, Supervisor, engine_commands, meeting_port
+from sglang_kevlar.worker.engine_group import Meeting, engine_commands, meeting_port
+from sglang_kevlar.worker.supervisor import Supervisor
 from sglang_kevlar.worker.terminal_log import log_by
 
 #: seconds between two lines about who is waited for

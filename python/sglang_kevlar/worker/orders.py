@@ -9,6 +9,9 @@ import os
 
 import msgspec
 
+#: flag of a rank that is to load its weights as a part of its only epoch
+IN_PLACE = "--in-place"
+
 
 class Order(msgspec.Struct, frozen=True):
     """Be part of this epoch. The ranks meet at ``dist_port``, on this host unless another is named."""

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from sglang_kevlar.worker.bootstrap import Incarnation, Membership, argument_parser, describe, run_member
 from sglang_kevlar.worker.member import LEAVE
+from sglang_kevlar.worker.orders import IN_PLACE
 
 if TYPE_CHECKING:
     from sglang.srt.managers.scheduler import Scheduler
@@ -51,8 +52,9 @@ class _ReadyPipe:
 
 
 class Rank:
-    def __init__(self, membership: Membership, rank: int) -> None:
+    def __init__(self, membership: Membership, rank: int, in_place: bool) -> None:
         self._membership = membership
+        self._in_place = in_place
         self._rank = rank
         self._pp_rank, self._tp_rank = divmod(rank, membership.plan.tp_size)
         #: None: this process does not outlive an epoch
@@ -84,7 +86,7 @@ class Rank:
 
     def _load(self, server_args: ServerArgs, gpu_id: int) -> None:
         plan = self._membership.plan
-        if plan.kevlar.reform == "off" or plan.node is not None:
+        if plan.kevlar.reform == "off" or plan.node is not None or self._in_place:
             return
         from sglang_kevlar.worker.kept_model import KeptModel, why_not
 
@@ -206,9 +208,10 @@ class Rank:
 def main() -> None:
     parser = argument_parser()
     parser.add_argument("--rank", type=int, required=True)
+    parser.add_argument(IN_PLACE, action="store_true", dest="in_place")
     args = parser.parse_args()
     membership = Membership(args, "rank", f"rank{args.rank}")
-    run_member(membership, Rank(membership, args.rank).run)
+    run_member(membership, Rank(membership, args.rank, args.in_place).run)
 
 
 if __name__ == "__main__":

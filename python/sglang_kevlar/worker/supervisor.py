@@ -19,9 +19,9 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 import zmq
@@ -43,9 +43,9 @@ from sglang_kevlar.protocol.group import (
 )
 from sglang_kevlar.protocol.launch import EXIT_CONFIG, LaunchPlan, Paths
 from sglang_kevlar.worker import group_files
-from sglang_kevlar.worker.free_port import free_port
+from sglang_kevlar.worker.engine_group import Commands, Meeting, engine_commands, meeting_port
 from sglang_kevlar.worker.member import Member
-from sglang_kevlar.worker.orders import Order
+from sglang_kevlar.worker.orders import IN_PLACE, Order
 from sglang_kevlar.worker.stderr import PassThrough
 from sglang_kevlar.worker.warm_start import WarmStart
 
@@ -61,16 +61,6 @@ _END_SHOWS_WITHIN = 0.1
 _SPARE_PAUSE = 5.0
 #: seconds in which a report is heard, mostly
 _HEARD = 0.05
-
-#: command lines of the members by name; the supervisor appends descriptors
-Commands = Mapping[str, Sequence[str]]
-
-
-class Meeting(NamedTuple):
-    """Where the ranks of an epoch find each other; ``host``: None for this one."""
-
-    port: int
-    host: str | None = None
 
 
 class Supervisor:
@@ -285,7 +275,8 @@ class Supervisor:
         self._report()
 
     def _new_member(self, name: str) -> Member:
-        member = Member(name, self._commands[name], self._warm)
+        in_place = self._reforming.loads_in_place and name.startswith("rank")
+        member = Member(name, [*self._commands[name], *([IN_PLACE] if in_place else [])], self._warm)
         record(self._paths.processes, f"g{self._group}.{member.record_name}", member.process.identity)
         self._watch(member.process.pidfd, partial(self._on_exit, member))
         self._watch(member.ready_fd, partial(self._on_ready_message, member))
@@ -340,6 +331,10 @@ class Supervisor:
             now = self._ready_at = time.monotonic()
             self._phase = "ready"
             self._failed_starts = 0
+            if self._reforming.suspect:
+                self._log(
+                    "ranks load their weights in place from now on, and outlive no epoch: a start failed otherwise"
+                )
             self._reforming.succeeded(now)
             if self._reforming.reformed:
                 self._log(f"epoch {self._epoch} is ready, {now - self._started_at:.2f} s after it was begun")
@@ -451,6 +446,7 @@ class Supervisor:
                     member.process.kill()
             self._log(f"epoch {self._epoch} ended: {cause}; {self._what_next(delay)}")
             hopeless = self._ready_at is None and not passing and not self._warm.suspect
+            hopeless = hopeless and not self._reforming.suspect
             if self._exit_on_failed_start and hopeless and not self._exit_status:
                 self._exit_status = EXIT_FAILED_START
             for name in failed.keys() & survivors:
@@ -593,23 +589,6 @@ class Supervisor:
     def _log(self, text: str) -> None:
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
         self._terminal.write(f"[{stamp} kevlar] worker group {self._group}: {text}\n".encode())
-
-
-def engine_commands(paths: Paths, plan: LaunchPlan, group: int) -> Commands:
-    """The real members: SGLang's scheduler ranks and detokenizer."""
-    common = ["--run-dir", paths.run_dir, "--group", str(group)]
-    module = [sys.executable, "-m"]
-    members = {
-        f"rank{rank}": [*module, "sglang_kevlar.worker.rank", *common, "--rank", str(rank)] for rank in plan.ranks
-    }
-    if 0 in plan.ranks:
-        members["detokenizer"] = [*module, "sglang_kevlar.worker.detokenizer", *common]
-    return members
-
-
-def meeting_port(plan: LaunchPlan, group: int) -> int:
-    """On this host, for the next epoch."""
-    return free_port(group, plan.kevlar.worker_groups, taken=(plan.port,))
 
 
 def main() -> int:
