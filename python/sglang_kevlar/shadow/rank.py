@@ -176,14 +176,10 @@ class RankShadow:
 
     def stop(self) -> None:
         """What it keeps for others is lost, as with a process that dies. Its threads end in the background."""
-        threading.Thread(target=self._end, name="kevlar-shadow-end", daemon=True).start()
-
-    def _end(self) -> None:
-        self._sender.stop()
-        self._server.stop()
         self._lookups.close()
-        self._store.close()
-        self._network.close()
+        # Not a method: the scheduler's pools and groups, which this object holds, are not to wait for that.
+        parts = (self._sender, self._server, self._store, self._network)
+        threading.Thread(target=_end, args=parts, name="kevlar-shadow-end", daemon=True).start()
 
     def follow(self, plan: ShadowPlanReq) -> None:
         if plan.content != self.exporter.content:
@@ -233,6 +229,13 @@ class RankShadow:
             # One that only names another target comes right before the requests of a lost group.
             return message.content != self.exporter.content
         return isinstance(message, FlushCacheReqInput)
+
+
+def _end(sender: ShadowSender, server: ShadowServer, store: ShadowStore, network: Network) -> None:
+    sender.stop()
+    server.stop()
+    store.close()
+    network.close()
 
 
 def start(

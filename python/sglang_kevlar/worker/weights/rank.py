@@ -90,8 +90,9 @@ class RankWeights:
     def stop(self) -> None:
         """The epoch is over. A transfer to this rank ends by itself, into memory that nobody uses any more."""
         self._stop_serving("its group is lost")
-        if self._network is not None and self._fetching is None:
-            self._network.close()
+        if self._network is not None:
+            # It waits for the last words of its sockets.
+            threading.Thread(target=self._network.close, name="weights-end", daemon=True).start()
 
     def before(self, requests: list[Any]) -> None:
         """They are about to be acted on, in this order: whoever reads the weights stops if one changes them."""
