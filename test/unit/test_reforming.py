@@ -205,6 +205,20 @@ def test_a_reform_that_fails_is_followed_by_a_whole_start(group: Group) -> None:
     assert not set(pids(third).values()) & set(pids(first).values())
 
 
+def test_a_reform_that_hangs_is_followed_by_a_whole_start(group: Group) -> None:
+    group.configure(reform="auto", start_timeout=2.0)
+    group.behave("rank1.load", "if os.path.exists(f'{run_dir}/stuck'): time.sleep(1000)")
+    group.start()
+    first = group.ready()
+    (group.run_dir / "stuck").touch()
+    os.kill(pid_of(first, "rank1"), signal.SIGKILL)
+    down = group.report(lambda r: r.phase == "down" and r.epoch == 2)
+    assert "rank1 not ready" in down.cause
+    (group.run_dir / "stuck").unlink()
+    third = group.ready(after=2)
+    assert not set(pids(third).values()) & set(pids(first).values())
+
+
 @pytest.mark.parametrize("fail_fast", [False, True])
 def test_ranks_that_cannot_load_first_load_in_place(group: Group, fail_fast: bool) -> None:
     group.configure(reform="auto", spare_ranks=1)
