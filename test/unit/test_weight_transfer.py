@@ -21,6 +21,7 @@ import torch  # noqa: E402
 import zmq  # noqa: E402
 
 from sglang_kevlar.cluster import keys  # noqa: E402
+from sglang_kevlar.protocol.weights import Taken  # noqa: E402
 from sglang_kevlar.shadow.sockets import Network  # noqa: E402
 from sglang_kevlar.worker.weights import source as source_module  # noqa: E402
 from sglang_kevlar.worker.weights.memory import NoPlainMemory, WeightMemory  # noqa: E402
@@ -182,3 +183,10 @@ def test_what_is_not_plain_memory_is_refused_by_name() -> None:
     model.other = torch.eye(3).to_sparse()
     with pytest.raises(NoPlainMemory, match="target"):
         WeightMemory({"target": model})
+
+
+def test_what_cannot_be_said_is_not_waited_for() -> None:
+    target = WeightTarget(WeightMemory({"target": Model(2)}), Network(None), "", "ticket", 1.0)
+    with zmq.Context() as context, context.socket(zmq.DEALER) as target._socket:  # of no connection
+        with pytest.raises(TransferError, match="no connection"):
+            target._say(Taken())

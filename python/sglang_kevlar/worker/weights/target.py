@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 
 import msgspec
@@ -47,7 +48,8 @@ class WeightTarget:
             try:
                 taken = self._fetch()
             finally:
-                self._say(Taken())
+                with contextlib.suppress(TransferError):
+                    self._say(Taken())
             return taken
         finally:
             self._socket.disable_monitor()
@@ -104,4 +106,8 @@ class WeightTarget:
                 raise TransferError(late)
 
     def _say(self, message: ToSource) -> None:
-        self._socket.send(msgspec.msgpack.encode(message))
+        """Never waits: without a connection, ZMQ would for ever. Raises TransferError."""
+        try:
+            self._socket.send(msgspec.msgpack.encode(message), zmq.NOBLOCK)
+        except zmq.Again:
+            raise TransferError("there is no connection to the rank there") from None
