@@ -36,7 +36,7 @@ class Running(Protocol):
     @property
     def pid(self) -> int: ...
     def kill(self) -> None: ...
-    def ended(self) -> bool: ...
+    def ending(self) -> bool: ...
     def stopped(self) -> bool: ...
 
 
@@ -219,16 +219,17 @@ class Course(ABC, Generic[M]):
 
     def _check_fence(self, now: float) -> None:
         if self._fence is not None and now >= self._fence[1]:
-            # Of several that hang nobody knows which is the cause; one that is stopped can be told.
-            stopped = [member.name for member in self._members.values() if member.process.stopped()]
-            self._end_epoch(self._fence[0], by_itself=False, whole=not stopped, guilty=stopped)
+            # Of several that hang nobody knows which is the cause; one that is stopped, or about to end, can be told.
+            guilty = [m.name for m in self._members.values() if m.process.stopped() or m.process.ending()]
+            self._end_epoch(self._fence[0], by_itself=False, whole=not guilty, guilty=guilty)
 
     def _check_leavers(self, now: float) -> None:
         if now >= self._failed_deadline:
-            # Nobody else died, so they failed by themselves.
             failed = self._failed_loops
             cause = "; ".join(f"{name}'s scheduler failed: {error}" for name, error in failed.items())
-            self._end_epoch(cause, guilty=failed)
+            # When nobody else is dead, they failed by themselves. A large process may take longer to be all dead.
+            dying = [m.name for m in self._members.values() if m.process.ending()]
+            self._end_epoch(f"{', '.join(dying)} ended; {cause}" if dying else cause, guilty=dying or failed)
         if now >= self._ask_at:
             self._ask_at = now + ASK_AGAIN
             for member in self._members.values():
@@ -380,7 +381,7 @@ class Course(ABC, Generic[M]):
             if by_itself:
                 self._warmth.failed()
         alone = [
-            m.name for m in self._members.values() if m.can_leave and m.name not in guilty and not m.process.ended()
+            m.name for m in self._members.values() if m.can_leave and m.name not in guilty and not m.process.ending()
         ]
         survivors = self._reforming.survivors(served, planned or whole, alone)
         failed, self._failed_loops, self._failed_deadline = self._failed_loops, {}, float("inf")
