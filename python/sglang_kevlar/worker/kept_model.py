@@ -12,6 +12,8 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import sglang.srt.managers.scheduler as upstream
+import torch
+from sglang.srt.distributed import bootstrap
 from sglang.srt.managers.io_struct import (
     BeginWeightUpdateReqInput,
     CheckWeightsReqInput,
@@ -76,7 +78,9 @@ class KeptModel:
         #: what it was made over, or was bound to last
         self._groups: dict[str, communicators.Group] = {}
         self._preloading = False
+        self._measure = bootstrap.measure_pre_model_load_memory
         model_runner.load_model_with_memory_saver = self._take
+        bootstrap.measure_pre_model_load_memory = self._free_before_load
 
     def load(self, server_args: ServerArgs, gpu_id: int, tp_rank: int, pp_rank: int) -> None:
         began = time.monotonic()
@@ -94,6 +98,7 @@ class KeptModel:
         assert self._kept is not None
         self.unbind()
         communicators.release()
+        communicators.finish()
         logger.info("Weights are loaded, %.2f s; waiting for the other ranks.", time.monotonic() - began)
 
     def unbind(self) -> None:
@@ -107,6 +112,11 @@ class KeptModel:
             logger.info("Weights may change now: those of the next epoch are loaded again.")
             self._kept = None
 
+    def _free_before_load(self, *, device: str, is_draft_worker: bool) -> float:
+        """GB. Upstream leaves a part of it free beside the pool, and so it has to be as if nothing were loaded yet."""
+        free = self._measure(device=device, is_draft_worker=is_draft_worker)
+        return float(free) + (0 if self._kept is None or is_draft_worker else size(self._kept.model) / (1 << 30))
+
     def _take(self, **how: Any) -> Any:
         if how["is_draft_worker"]:
             return self._load(**how)
@@ -118,6 +128,12 @@ class KeptModel:
         if self._preloading:
             raise _Loaded
         return self._kept
+
+
+def size(model: torch.nn.Module) -> int:
+    """Bytes of its weights, tied ones once."""
+    storages = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def why_not(server_args: ServerArgs, device_asked_for: bool) -> str | None:
@@ -149,4 +165,34 @@ def why_not(server_args: ServerArgs, device_asked_for: bool) -> str | None:
         "an elastic EP backend": args.elastic_ep_backend is not None,
         "another load format than of files": args.load_format not in ("auto", "safetensors", "pt", "dummy"),
     }
+    if not on_cpu:
+        reasons |= _why_not_on_device(args)
     return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def _why_not_on_device(args: Any) -> dict[str, bool]:
+    """Graphs and kernels that cannot be given up. NCCL's can, so what goes past it has to be off."""
+    from sglang.srt.environ import envs
+
+    alone = args.tp_size * args.pp_size == 1
+    between_ranks = {
+        "kernels of custom all-reduce wait for a dead rank for ever (--disable-custom-all-reduce)": (
+            not args.disable_custom_all_reduce
+        ),
+        "fused all-reduces wait for a dead rank for ever (--enforce-disable-flashinfer-allreduce-fusion)": (
+            args.flashinfer_allreduce_fusion_backend is not None
+        ),
+        "--enable-mscclpp": args.enable_mscclpp,
+        "--enable-torch-symm-mem": args.enable_torch_symm_mem,
+        "--enable-symm-mem registers memory with communicators for the life of a process": args.enable_symm_mem,
+        "--pre-warm-nccl": args.pre_warm_nccl,
+        "--enable-tp-lm-head-all-to-all": args.enable_tp_lm_head_all_to_all,
+        "SGLANG_ENABLE_PCIE_IPC_ALLREDUCE": envs.SGLANG_ENABLE_PCIE_IPC_ALLREDUCE.get(),
+    }
+    return {
+        "a device that is not of CUDA": args.device != "cuda",
+        "graphs of torch.compile stay in the model (--cuda-graph-backend-prefill, --cuda-graph-backend-decode)": (
+            "tc_piecewise" in (args.cuda_graph_config.prefill.backend, args.cuda_graph_config.decode.backend)
+        ),
+        **({} if alone else between_ranks),
+    }
