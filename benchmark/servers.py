@@ -30,7 +30,7 @@ class Launch:
     """A launcher and what it starts, on this host or another (`test/net`). A context manager."""
 
     def __init__(self, command: list[str], log: Path, host: Host | None = None) -> None:
-        self._log = log
+        self.log = log
         self._output = log.open("wb")
         # Engines with tiny models: more threads than one each only get in each other's way.
         environment = {"OMP_NUM_THREADS": "1", **os.environ}
@@ -60,7 +60,7 @@ class Launch:
         self._output.close()
 
     def _log_end(self) -> str:
-        return "\n".join(self._log.read_text(errors="replace").splitlines()[-40:])
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-40:])
 
     def _family(self) -> dict[int, int]:
         """The process and all its descendants: pid -> start ticks."""
@@ -130,7 +130,7 @@ class Server(Launch):
         deadline = time.monotonic() + timeout
         while not self.ready():
             if self.process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"the server is not ready; the end of {self._log}:\n{self._log_end()}")
+                raise RuntimeError(f"the server is not ready; the end of {self.log}:\n{self._log_end()}")
             time.sleep(0.2)
 
     # ---- processes

@@ -6,10 +6,12 @@ import os
 import random
 import signal
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from cases import LONG_PROMPT, Answer, native
 from server import Server
@@ -93,13 +95,70 @@ def test_the_other_rank_lives_on(models: Path, tmp_path: Path) -> None:
         server.stop()
 
 
+def _spare(server: Server, group: int) -> int:
+    """The rank that serves in no epoch."""
+    found = server.group(group)["pids"]
+    serving = {found["supervisor"], found["detokenizer"], *found["ranks"]}
+    children = psutil.Process(found["supervisor"]).children()
+    spares = [child.pid for child in children if child.pid not in serving and _is_rank(child)]
+    assert len(spares) == 1, spares
+    return spares[0]
+
+
+def _is_rank(process: psutil.Process) -> bool:
+    return "scheduler" in " ".join(process.cmdline()) or "rank" in process.name()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_harm_while_a_group_forms(models: Path, tmp_path: Path) -> None:
+    """Whatever happens to a group that forms again ends in a healthy one, and no answer is another."""
+    server = Server(models / "llama-f32", tmp_path / "log", "--tp-size", "2", "--spare-ranks", "1", *MANY)
+    try:
+        server.wait_ready()
+        world = World(server)
+
+        def hit(rank: int, number: int) -> Callable[[dict[str, Any]], None]:
+            return lambda before: os.kill(before["pids"]["ranks"][rank], number)
+
+        def spare_dies(before: dict[str, Any]) -> None:
+            os.kill(_spare(server, 0), signal.SIGKILL)
+            hit(0, signal.SIGKILL)(before)
+
+        def survivor_dies_while_it_forms(before: dict[str, Any]) -> None:
+            hit(1, signal.SIGKILL)(before)
+            server.wait(lambda status: status["groups"][0]["state"] != "ready", "the group is down")
+            time.sleep(0.2)
+            hit(0, signal.SIGKILL)(before)
+
+        def survivor_hangs(before: dict[str, Any]) -> None:
+            hit(0, signal.SIGSTOP)(before)
+            hit(1, signal.SIGKILL)(before)
+
+        for harm in (spare_dies, survivor_dies_while_it_forms, survivor_hangs):
+            time.sleep(6)  # the spare's weights
+            before = server.group(0)
+            with ThreadPoolExecutor(len(CASES)) as pool:
+                running = [pool.submit(case.run, server.url) for case in CASES]
+                time.sleep(0.3)
+                harm(before)
+                world.check([one.result() for one in running])
+            world.wait_epoch(0, before["epoch"])
+            server.wait_ready()
+        assert "does not leave" in (tmp_path / "log").read_text()
+        world.check_alone(0)
+    finally:
+        server.stop()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("model", ["llama-f32", "moe-f32", "mla-f32"])
-def test_a_hundred_deaths(models: Path, tmp_path: Path, model: str) -> None:
+@pytest.mark.parametrize(("model", "spares"), [("llama-f32", 0), ("moe-f32", 1), ("mla-f32", 2)])
+def test_a_hundred_deaths(models: Path, tmp_path: Path, model: str, spares: int) -> None:
     """``KEVLAR_DEATHS`` of them, either rank of either group, at random moments, at times both."""
     chance = random.Random(11)
-    server = Server(models / model, tmp_path / "log", "--tp-size", "2", "--restart-backoff", "0.1", *MANY)
+    flags = ["--tp-size", "2", "--restart-backoff", "0.1", "--spare-ranks", str(spares), *MANY]
+    server = Server(models / model, tmp_path / "log", *flags)
     try:
         server.wait_ready()
         world = World(server)
