@@ -1,4 +1,4 @@
-"""What runs only on GPUs: `./scripts/test test/gpu -m gpu`. Without them each test is skipped and says what is missing."""
+"""What runs only on GPUs: `./scripts/test test/gpu -m gpu`. Without them each test is skipped, for a named reason."""
 
 from __future__ import annotations
 
