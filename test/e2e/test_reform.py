@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from reform_world import CASES, MANY, World
+from losing_ranks import CASES, MANY, World
 from server import Server
 
 
@@ -28,6 +28,21 @@ def test_the_other_rank_lives_on(models: Path, tmp_path: Path) -> None:
         assert "spares" in log and "re-formed around rank0" in log
         world.leave(0)
         assert "loaded again" not in (tmp_path / "log").read_text()
+        world.check_alone(0)
+    finally:
+        server.stop()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_spare_takes_the_place_of_the_only_rank(models: Path, tmp_path: Path) -> None:
+    server = Server(models / "llama-f32", tmp_path / "log", "--spare-ranks", "1", "--restart-backoff", "60", *MANY)
+    try:
+        server.wait_ready()
+        world = World(server)
+        for _ in range(2):
+            world.spare_takes_over(0)
+        world.leave(0)
         world.check_alone(0)
     finally:
         server.stop()

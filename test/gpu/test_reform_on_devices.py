@@ -6,13 +6,12 @@ One group only, so that one or two devices will do: what it was at when it lost 
 from __future__ import annotations
 
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from reform_world import MANY, World
+from losing_ranks import MANY, World
 from server import Server
 
 #: float32 has these alone. Whatever waits on a device for another rank past NCCL has to be off (docs/limits.md).
@@ -56,10 +55,7 @@ def test_the_other_rank_lives_on_over_nccl(models: Path, tmp_path: Path) -> None
 def test_a_spare_takes_the_place_of_the_only_rank(models: Path, tmp_path: Path) -> None:
     with serving(models, tmp_path / "log", "--spare-ranks", "1") as world:
         for _ in range(2):
-            time.sleep(10)  # it is started while the group serves
-            spare = world.spare(0)
-            world.lose(0, [0], 0.3)
-            assert world.server.group(0)["pids"]["ranks"] == [spare]
+            world.spare_takes_over(0)
 
 
 @pytest.mark.gpu(1)

@@ -35,6 +35,7 @@ from sglang_kevlar.launcher.status import EXIT_FAILED_START, StatusWriter
 from sglang_kevlar.protocol.group import (
     REPORT_INTERVAL,
     SHADOW_ENDPOINT,
+    GroupFormed,
     GroupPhase,
     GroupReport,
     KillGroup,
@@ -259,13 +260,14 @@ class Supervisor:
         meeting = self._meet()
         order = Order(self._epoch, meeting.port, meeting.host)
         left, self._left = self._left, {}
-        self._reforming.form(left, now)
+        missing = sorted(self._commands.keys() - left.keys())
+        spares = [name for name in missing if name in self._spares]
+        self._reforming.form([*left, *spares], now)
         self._start_deadline = self._reforming.deadline()
-        if left:
-            missing = sorted(self._commands.keys() - left.keys())
-            spares = [name for name in missing if name in self._spares]
+        if self._reforming.reformed:
+            around = ", ".join(sorted(left)) or "nobody"
             self._log(
-                f"epoch {self._epoch} is re-formed around {', '.join(sorted(left))}; new: {', '.join(missing)}"
+                f"epoch {self._epoch} is re-formed around {around}; new: {', '.join(missing)}"
                 + (f", of which {', '.join(spares)} from the spares" if spares else "")
             )
         for name in self._commands:
@@ -425,7 +427,8 @@ class Supervisor:
         self._fence = None
         if not served:
             self._reforming.failed(by_itself)
-        backoff = self._reform_backoff if survivors else self._backoff
+        at_once = self._reforming.at_once(served, survivors, self._spares)
+        backoff = self._reform_backoff if at_once else self._backoff
         delay = 0.0 if planned else backoff.failed(0.0 if self._ready_at is None else now - self._ready_at)
         self._next_start = now + delay
         if kind is not None:
@@ -537,8 +540,15 @@ class Supervisor:
             kind=self._kind if down else None,
             failed_starts=self._failed_starts,
             retry_in=max(0.0, self._next_start - now) if down else 0.0,
+            formed=self._formed() if ready else None,
+            formed_s=self._ready_at - self._started_at if ready and self._ready_at is not None else 0.0,
         )
         self._tell(report)
+
+    def _formed(self) -> GroupFormed:
+        if self._reforming.reformed:
+            return "reformed"
+        return "warm" if self._warm.warm else "cold"
 
     def _tell(self, report: GroupReport) -> None:
         try:

@@ -70,6 +70,13 @@ class World:
 
         return self.server.wait(there, f"group {group} behind epoch {behind}")["groups"][group]
 
+    def spare_takes_over(self, group: int) -> None:
+        """The only rank of a group dies, and nothing has to be loaded."""
+        time.sleep(6)  # a spare is started while the group serves
+        spare = self.spare(group)
+        self.lose(group, [0], 0.3)
+        assert self.server.group(group)["pids"]["ranks"] == [spare]
+
     def spare(self, group: int) -> int:
         """The rank that serves in no epoch."""
         found = self.server.group(group)["pids"]
