@@ -67,18 +67,32 @@ def test_the_pool_is_sized_as_if_kept_weights_were_still_to_be_loaded(monkeypatc
     model.register_buffer("table", torch.zeros(1024, dtype=torch.float64))
     assert kept_model.size(model) == 4 * 1024 * 1024 + 8 * 1024
     free = 10.0
-    monkeypatch.setattr(bootstrap, "measure_pre_model_load_memory", lambda **_: free)
+    monkeypatch.setattr(bootstrap, "get_available_gpu_memory", lambda device, gpu_id, empty_cache: free)
     loaded = SimpleNamespace(model=model)
     monkeypatch.setattr(model_runner, "load_model_with_memory_saver", lambda **_: loaded)
     monkeypatch.setattr(communicators, "groups", dict)
     kept = kept_model.KeptModel()
 
-    def measure(draft: bool = False) -> float:
-        return bootstrap.measure_pre_model_load_memory(device="cpu", is_draft_worker=draft)
+    def measure() -> float:
+        return float(bootstrap.get_available_gpu_memory("cpu", 0))
 
     assert measure() == free
     assert model_runner.load_model_with_memory_saver(is_draft_worker=False) is loaded
-    assert measure() == pytest.approx(free + kept_model.size(model) / GB, abs=1e-9)
-    assert measure(draft=True) == free
+    assert measure() == pytest.approx(free + kept_model.size(model) / GB, rel=1e-6)
     kept.observe([kept_model.FetchWeightsReq(ticket="", endpoints=[], timeout=1.0)])  # it will be loaded again
     assert measure() == free
+
+
+def test_ranks_of_which_some_kept_nothing_agree_on_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else their pools would be of different sizes, and they would decide differently."""
+    kept = kept_model.KeptModel.__new__(kept_model.KeptModel)
+    kept._kept = SimpleNamespace(model=torch.nn.Linear(1024, 1024, bias=False))
+    kept._free = lambda *_, **__: 10.0
+    others = 9.5 * GB
+
+    def least(here: torch.Tensor, op: Any, group: Any) -> None:
+        assert op == torch.distributed.ReduceOp.MIN and group == "all"
+        here.fill_(min(float(here), others))
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", least)
+    assert kept._free_before_load("cpu", 0, True, cpu_group="all") == pytest.approx(9.5)

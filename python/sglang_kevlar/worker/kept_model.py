@@ -46,6 +46,8 @@ _CHANGES = (
     UpdateWeightsFromTensorReqInput,
 )
 
+_GB = 1 << 30
+
 
 class _Loaded(Exception):
     """Ends upstream's constructor once the weights are there."""
@@ -78,9 +80,9 @@ class KeptModel:
         #: what it was made over, or was bound to last
         self._groups: dict[str, communicators.Group] = {}
         self._preloading = False
-        self._measure = bootstrap.measure_pre_model_load_memory
+        self._free = bootstrap.get_available_gpu_memory
         model_runner.load_model_with_memory_saver = self._take
-        bootstrap.measure_pre_model_load_memory = self._free_before_load
+        bootstrap.get_available_gpu_memory = self._free_before_load
 
     def load(self, server_args: ServerArgs, gpu_id: int, tp_rank: int, pp_rank: int) -> None:
         began = time.monotonic()
@@ -112,10 +114,16 @@ class KeptModel:
             logger.info("Weights may change now: those of the next epoch are loaded again.")
             self._kept = None
 
-    def _free_before_load(self, *, device: str, is_draft_worker: bool) -> float:
-        """GB. Upstream leaves a part of it free beside the pool, and so it has to be as if nothing were loaded yet."""
-        free = self._measure(device=device, is_draft_worker=is_draft_worker)
-        return float(free) + (0 if self._kept is None or is_draft_worker else size(self._kept.model) / (1 << 30))
+    def _free_before_load(
+        self, device: str, gpu_id: int, distributed: bool = False, empty_cache: bool = True, cpu_group: Any = None
+    ) -> float:
+        """GB. Upstream measures it before a load, and leaves a part of it free beside the pool; so it has to be as if
+        nothing were loaded yet. With all ranks it is the least, of which some may have kept nothing."""
+        kept = 0 if self._kept is None else size(self._kept.model)
+        here = torch.tensor(self._free(device, gpu_id, empty_cache=empty_cache) * _GB + kept, dtype=torch.float32)
+        if distributed:
+            torch.distributed.all_reduce(here, op=torch.distributed.ReduceOp.MIN, group=cpu_group)
+        return here.item() / _GB
 
     def _take(self, **how: Any) -> Any:
         if how["is_draft_worker"]:

@@ -95,6 +95,9 @@ class Rank:
         else:
             from sglang_kevlar.worker import retirement
 
+            if plan.kevlar.spare_ranks:
+                # The spares of some ranks take memory of their devices, which is no reason not to start.
+                os.environ.setdefault("SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK", "false")
             retirement.prepare()
             self._names = retirement.Names()
             self._kept = KeptModel()
