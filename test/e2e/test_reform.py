@@ -36,14 +36,13 @@ def test_the_other_rank_lives_on(models: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_spare_takes_the_place_of_the_only_rank(models: Path, tmp_path: Path) -> None:
-    server = Server(models / "llama-f32", tmp_path / "log", "--spare-ranks", "1", "--restart-backoff", "60", *MANY)
+    server = Server(models / "llama-f32", tmp_path / "log", "--spare-ranks", "1", "--restart-backoff", "30", *MANY)
     try:
         server.wait_ready()
         world = World(server)
         for _ in range(2):
             world.spare_takes_over(0)
         world.leave(0)
-        world.check_alone(0)
     finally:
         server.stop()
 

@@ -42,10 +42,10 @@ class DeviceAborts:
                 return
             held = list(groups)
             # By what they are: some of upstream's groups are one.
-            of_torch = {id(group.device_group): group.device_group for group in held}
+            of_torch = {id(each): each for each in (torch.distributed.group.WORLD, *(g.device_group for g in held))}
             coordinators = {id(group.coordinator): group.coordinator for group in held}
             calls = [
-                *map(_abort_of_torch, [torch.distributed.group.WORLD, *of_torch.values()]),
+                *map(_abort_of_torch, of_torch.values()),
                 *map(_abort_of_pynccl, coordinators.values()),
             ]
             self._threads = [
