@@ -23,6 +23,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1] / "python")]
 import failover_world  # noqa: E402
 import frontends_world  # noqa: E402
 import membership_world  # noqa: E402
+import reform_world  # noqa: E402
 import session_sim  # noqa: E402
 import shadow_sim  # noqa: E402
 from shrink import Failure, Simulate, attempt, shrink  # noqa: E402
@@ -32,8 +33,9 @@ WORLDS: dict[str, tuple[Simulate, int, float]] = {
     "failover": (failover_world.simulate, failover_world.STEPS, 0.3),
     "shadow": (shadow_sim.simulate, shadow_sim.STEPS, 0.3),
     "membership": (membership_world.simulate, membership_world.STEPS, 0.1),
+    "reform": (reform_world.simulate, reform_world.STEPS, 0.1),
     "session": (session_sim.simulate, session_sim.STEPS, 0.1),
-    "frontends": (frontends_world.simulate, frontends_world.STEPS, 0.2),
+    "frontends": (frontends_world.simulate, frontends_world.STEPS, 0.1),
 }
 PROGRESS = 10.0
 SHRINK_SECONDS = 60.0

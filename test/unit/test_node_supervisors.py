@@ -15,10 +15,17 @@ import pytest
 import zmq
 from supervised_group import LAUNCH_ID, MEMBER, alive, eventually, pid_of
 
-from sglang_kevlar.launcher.status import EXIT_FAILED_START
 from sglang_kevlar.protocol.cluster import Configuration
 from sglang_kevlar.protocol.group import GroupReport, KillGroup
-from sglang_kevlar.protocol.launch import EXIT_CONFIG, JoinArgs, KevlarArgs, LaunchPlan, NodeArgs, Paths
+from sglang_kevlar.protocol.launch import (
+    EXIT_CONFIG,
+    EXIT_FAILED_START,
+    JoinArgs,
+    KevlarArgs,
+    LaunchPlan,
+    NodeArgs,
+    Paths,
+)
 
 LEASE = 0.6
 

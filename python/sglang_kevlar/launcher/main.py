@@ -31,8 +31,8 @@ from sglang_kevlar.launcher.process import (
     record,
     spawn,
 )
-from sglang_kevlar.launcher.status import EXIT_FAILED_START, StatusReader, StatusWriter
-from sglang_kevlar.protocol.launch import EXIT_CONFIG, JoinArgs, KevlarArgs, Paths
+from sglang_kevlar.launcher.status import StatusReader, StatusWriter
+from sglang_kevlar.protocol.launch import EXIT_CONFIG, EXIT_FAILED_START, JoinArgs, KevlarArgs, Paths
 
 #: seconds the frontend may drain at shutdown, and then the supervisors may take to end their groups
 DRAIN_TIMEOUT = 60.0

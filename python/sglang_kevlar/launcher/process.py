@@ -113,6 +113,11 @@ class Child:
         stat = _stat(self.pid)
         return stat is not None and stat.state == "T"
 
+    def ending(self) -> bool:
+        """Whether its first thread has ended. A large process under load takes longer until all of it has."""
+        stat = _stat(self.pid)
+        return stat is None or stat.state in "ZX"
+
     def kill(self) -> None:
         """SIGKILL the process, and ask what it started to end.
 

@@ -9,9 +9,6 @@ import json
 import os
 import select
 
-#: Exit status of a supervisor whose first start failed, when it was told not to try again by itself.
-EXIT_FAILED_START = 79
-
 
 class StatusWriter:
     def __init__(self, fd: int) -> None:

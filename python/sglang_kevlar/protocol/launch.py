@@ -13,6 +13,8 @@ PROTOCOL_VERSION = 1
 #: Exit status of a child whose configuration can never work (sysexits EX_CONFIG).
 #: The launcher stops the server on it instead of trying again.
 EXIT_CONFIG = 78
+#: Exit status of a supervisor whose first start failed, when it was told not to try again by itself.
+EXIT_FAILED_START = 79
 
 
 class KevlarArgs(msgspec.Struct, frozen=True, kw_only=True):

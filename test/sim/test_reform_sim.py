@@ -1,0 +1,120 @@
+"""The real `control.course` and `control.reforming` over the simulated processes of `reform_world`.
+
+Replay one run with ``python test/sim/campaign.py --world reform --seed N``.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections import Counter
+from typing import Any
+
+import pytest
+from reform_world import Group, Process, simulate
+
+from sglang_kevlar.control.reforming import ASK_AGAIN, Reforming
+
+SEEDS = 60
+FRESH = 20
+
+
+def test_whatever_dies_or_hangs_the_group_serves_again():
+    faults: Counter[str] = Counter()
+    kept = reforms = 0
+    for seed in range(SEEDS):
+        world = simulate(seed)
+        faults += world.faults.counts
+        kept += world.kept
+        reforms += world.reforms
+    assert kept >= reforms > SEEDS
+    crashes = {kind for kind in faults if kind.startswith("crash while")}
+    states = {"loading", "waiting", "binding", "serving", "leaving", "being a spare"}
+    assert crashes == {f"crash while {state}" for state in states}
+    assert min(faults[kind] for kind in ("two at once", "does not leave", "binding hangs", "stopped")) > 10, faults
+
+
+def test_a_seed_replays():
+    assert simulate(3).trace == simulate(3).trace
+
+
+def test_fresh_seeds():
+    first = secrets.randbelow(10**9)
+    print(f"seeds {first} to {first + FRESH - 1}")
+    for seed in range(first, first + FRESH):
+        simulate(seed)
+
+
+# What the invariants are worth: each of these is broken in one place, and must be found out.
+
+
+def caught(match: str, group_class: type[Group] = Group, seeds: int = 40) -> None:
+    for seed in range(seeds):
+        try:
+            simulate(seed, group_class=group_class)
+        except AssertionError as error:
+            assert re.search(match, str(error)), error
+            return
+    pytest.fail("not noticed")
+
+
+def test_who_never_leaves_is_noticed():
+    class Patient(Group):
+        def _check_leavers(self, now: float) -> None:
+            self._leave_deadline = now + ASK_AGAIN
+            super()._check_leavers(now)
+
+    caught("does not serve again", Patient)
+
+
+def test_an_epoch_that_begins_too_early_is_noticed():
+    class Hasty(Group):
+        def _start_at(self) -> float:
+            at = self._next_start if self._phase == "down" and not self._warmth.importing else super()._start_at()
+            return at if self._stop_deadline is None else super()._start_at()
+
+        def _start(self) -> None:
+            self._members.clear()
+            super()._start()
+
+    caught("still in an epoch|nobody knows", Hasty)
+
+
+def test_a_fence_that_keeps_nobody_is_noticed():
+    class Strict(Group):
+        def _end_epoch(self, cause: str, **how: Any) -> None:
+            super()._end_epoch(cause, **{**how, "whole": "frontend" in cause})
+
+    caught("another is not kept", Strict)
+
+
+def test_ranks_of_an_epoch_that_never_served_are_noticed(monkeypatch):
+    decide = Reforming.survivors
+    monkeypatch.setattr(Reforming, "survivors", lambda self, served, planned, alive: decide(self, True, planned, alive))
+    caught("used again", Group)
+
+
+def test_a_start_without_a_deadline_is_noticed(monkeypatch):
+    monkeypatch.setattr(Reforming, "deadline", lambda self: float("inf"))
+    caught("does not serve again")
+
+
+def test_weights_that_cannot_be_loaded_first_and_are_tried_for_ever_are_noticed(monkeypatch):
+    monkeypatch.setattr(Reforming, "loads_in_place", False)
+    caught("does not serve again")
+
+
+def test_a_forgotten_process_is_noticed():
+    class Forgetful(Group):
+        def _keep_member(self, member: Process) -> None:
+            super()._keep_member(member)
+            if member.name == "rank1":
+                self._left.pop("rank1", None)
+
+    caught("nobody knows", Forgetful)
+
+
+def test_a_spare_that_is_not_replaced_is_noticed(monkeypatch):
+    missing = Reforming.missing_spares
+    monkeypatch.setattr(Reforming, "missing_spares", lambda self, spares: missing(self, spares) if not spares else [])
+    caught("a spare is missing")
