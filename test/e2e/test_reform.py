@@ -11,69 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
-from cases import LONG_PROMPT, Answer, native
+from losing_ranks import CASES, MANY, World
 from server import Server
-
-CASES = [
-    native("greedy", sampling={"max_new_tokens": 100}),
-    native("long", prompt=LONG_PROMPT, sampling={"max_new_tokens": 60}),
-    native("penalty", sampling={"frequency_penalty": 0.6, "presence_penalty": 0.3, "max_new_tokens": 100}),
-    native("log-probs", stream=False, return_logprob=True, logprob_start_len=0, sampling={"max_new_tokens": 100}),
-    native("regex", sampling={"regex": r"([a-z]{1,6} ){40}", "max_new_tokens": 100}),
-]
-
-
-MANY = ["--max-redirects", "50", "--poison-deaths", "5"]
-
-
-class World:
-    def __init__(self, server: Server) -> None:
-        self.server = server
-        self.expected: list[Answer] = self._ask()
-
-    def _ask(self) -> list[Answer]:
-        with ThreadPoolExecutor(len(CASES)) as pool:
-            return list(pool.map(lambda case: case.run(self.server.url), CASES))
-
-    def check(self, answers: list[Answer]) -> None:
-        differences = [
-            f"{case.name}: {difference}"
-            for case, one, other in zip(CASES, self.expected, answers, strict=True)
-            if (difference := one.difference(other)) is not None
-        ]
-        assert not differences
-
-    def lose(self, group: int, ranks: list[int], after: float) -> None:
-        """Kill ranks of a group under load: the answers stay, and what lives of the group does, too."""
-        before = self.server.group(group)
-        with ThreadPoolExecutor(len(CASES)) as pool:
-            running = [pool.submit(case.run, self.server.url) for case in CASES]
-            time.sleep(after)
-            for rank in ranks:
-                os.kill(before["pids"]["ranks"][rank], signal.SIGKILL)
-            self.check([one.result() for one in running])
-        now = self.wait_epoch(group, before["epoch"])
-        if len(ranks) == 1:
-            survivor = 1 - ranks[0]
-            assert now["pids"]["ranks"][survivor] == before["pids"]["ranks"][survivor]
-        assert not set(now["pids"]["ranks"]) & {before["pids"]["ranks"][rank] for rank in ranks}
-
-    def wait_epoch(self, group: int, behind: int) -> dict[str, Any]:
-        def there(status: dict[str, Any]) -> bool:
-            found = status["groups"][group]
-            return found["epoch"] > behind and found["state"] == "ready"
-
-        return self.server.wait(there, f"group {group} behind epoch {behind}")["groups"][group]
-
-    def check_alone(self, group: int) -> None:
-        """All cases on this group, while the other one starts."""
-        other = self.server.group(1 - group)
-        os.kill(other["pids"]["supervisor"], signal.SIGKILL)
-        self.server.wait(lambda s: s["groups"][1 - group]["state"] != "ready", "the other group is down")
-        self.check(self._ask())
-        self.server.wait_ready()
 
 
 @pytest.mark.timeout(900)
@@ -86,27 +26,25 @@ def test_the_other_rank_lives_on(models: Path, tmp_path: Path) -> None:
             world.lose(group, [rank], after)
         log = (tmp_path / "log").read_text()
         assert "spares" in log and "re-formed around rank0" in log
-        before = server.group(0)
-        os.kill(before["pids"]["detokenizer"], signal.SIGKILL)
-        assert world.wait_epoch(0, before["epoch"])["pids"]["ranks"] == before["pids"]["ranks"]
+        world.leave(0)
         assert "loaded again" not in (tmp_path / "log").read_text()
         world.check_alone(0)
     finally:
         server.stop()
 
 
-def _spare(server: Server, group: int) -> int:
-    """The rank that serves in no epoch."""
-    found = server.group(group)["pids"]
-    serving = {found["supervisor"], found["detokenizer"], *found["ranks"]}
-    children = psutil.Process(found["supervisor"]).children()
-    spares = [child.pid for child in children if child.pid not in serving and _is_rank(child)]
-    assert len(spares) == 1, spares
-    return spares[0]
-
-
-def _is_rank(process: psutil.Process) -> bool:
-    return "scheduler" in " ".join(process.cmdline()) or "rank" in process.name()
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_spare_takes_the_place_of_the_only_rank(models: Path, tmp_path: Path) -> None:
+    server = Server(models / "llama-f32", tmp_path / "log", "--spare-ranks", "1", "--restart-backoff", "30", *MANY)
+    try:
+        server.wait_ready()
+        world = World(server)
+        for _ in range(2):
+            world.spare_takes_over(0)
+        world.leave(0)
+    finally:
+        server.stop()
 
 
 @pytest.mark.slow
@@ -122,7 +60,7 @@ def test_harm_while_a_group_forms(models: Path, tmp_path: Path) -> None:
             return lambda before: os.kill(before["pids"]["ranks"][rank], number)
 
         def spare_dies(before: dict[str, Any]) -> None:
-            os.kill(_spare(server, 0), signal.SIGKILL)
+            os.kill(world.spare(0), signal.SIGKILL)
             hit(0, signal.SIGKILL)(before)
 
         def survivor_dies_while_it_forms(before: dict[str, Any]) -> None:

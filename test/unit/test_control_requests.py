@@ -28,6 +28,7 @@ from sglang.srt.managers.io_struct import (  # noqa: E402
 
 from sglang_kevlar.frontend.control_requests import ControlRequests  # noqa: E402
 from sglang_kevlar.frontend.replay import RunTimeChanges  # noqa: E402
+from sglang_kevlar.observability.metrics import NoMetrics  # noqa: E402
 
 
 class World:
@@ -46,6 +47,7 @@ class World:
             self.changes,
             tp_size=2,
             timeout=timeout,
+            metrics=NoMetrics(),
         )
         self.disk = self.control.communicator("disk", UpdateWeightFromDiskReqOutput)
         self.lora = self.control.communicator("lora", LoRAUpdateOutput)

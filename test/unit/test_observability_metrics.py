@@ -41,7 +41,9 @@ def test_every_metric_is_exported(tmp_path: Path) -> None:
         START
         + """
 m.failover(0, "signal", 0.02); m.redirect(0); m.redirect(0); m.resumed(0.03, 500, 70); m.refused("no_group")
-m.hold(1.5); m.held(3); m.group(0, ready=False, epoch=4); m.group(1, ready=True, epoch=2)
+m.hold(1.5); m.held(3); m.formed(1, "reformed", 0.75); m.formed(1, "reformed", 0.5)
+m.weight_transfer("changed", 0, 9.0); m.weight_transfer("done", 5000, 2.0)
+m.group(0, ready=False, epoch=4); m.group(1, ready=True, epoch=2)
 from sglang_kevlar.frontend.shadow_status import ShadowReader, gauges
 from sglang_kevlar.protocol.shadow import ShadowCounters
 from types import SimpleNamespace
@@ -57,6 +59,12 @@ m.shadow(1, gauges(ShadowReader(SimpleNamespace(tp_size=1, pp_size=1), paths).st
     expected = {
         'failovers_total{cause="signal",group="0"}': 1,
         'redirects_total{group="0"}': 2,
+        'groups_formed_total{group="1",how="reformed"}': 2,
+        'groups_formed_seconds_total{group="1",how="reformed"}': 1.25,
+        'weight_transfers_total{outcome="changed"}': 1,
+        'weight_transfers_total{outcome="done"}': 1,
+        "weight_transfer_bytes_total": 5000,
+        "weight_transfer_seconds_sum": 2,
         "recomputed_tokens_total": 500,
         "restored_tokens_total": 70,
         'shadow_linked{group="1"}': 0,

@@ -285,6 +285,34 @@ def test_a_spare_takes_the_place(group: Group) -> None:
     group.pids |= set(spares().values())
 
 
+def test_a_spare_is_enough_for_an_epoch_to_begin_at_once(group: Group) -> None:
+    """Nobody lives, as when the only rank of a group dies; the wait before new processes would be too long to see."""
+    group.configure(reform="auto", spare_ranks=2, restart_backoff=1000.0, restart_backoff_max=1000.0)
+    for name in RANKS:
+        group.behave(f"{name}.load", f"open(f'{{run_dir}}/loaded', 'a').write(f'{{os.getpid()}} {name}\\n')")
+    group.start()
+    first = group.ready()
+    assert first.formed in ("warm", "cold") and first.formed_s > 0
+    loaded = group.run_dir / "loaded"
+    eventually(lambda: len(loaded.read_text().splitlines()) == 4)
+    spares = {int(line.split()[0]) for line in loaded.read_text().splitlines()} - set(pids(first).values())
+    group.pids |= spares
+    for name in RANKS:
+        os.kill(pid_of(first, name), signal.SIGSTOP)
+    group.kill_group(1)
+    second = group.ready(after=1)
+    assert {pid_of(second, name) for name in RANKS} == spares
+    assert second.formed == "reformed"
+
+
+def test_a_spare_shortens_no_wait_after_a_start_that_failed() -> None:
+    rules = Reforming(True, ["rank0"], 100.0)
+    assert rules.at_once(served=True, survivors=[], spares=["rank0"])
+    assert rules.at_once(served=True, survivors=["rank1"], spares=[])
+    assert not rules.at_once(served=True, survivors=[], spares=[])
+    assert not rules.at_once(served=False, survivors=[], spares=["rank0"])
+
+
 def test_sigterm_ends_those_that_wait_too(group: Group) -> None:
     group.configure(reform="auto", spare_ranks=1, restart_backoff_max=30.0, restart_backoff=30.0)
     group.start()

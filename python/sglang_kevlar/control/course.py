@@ -253,13 +253,14 @@ class Course(ABC, Generic[M]):
         self._warmth.begin()
         self._epoch = self._begin_epoch()
         left, self._left = self._left, {}
-        self._reforming.form(left, now)
+        missing = sorted(set(self._seats) - left.keys())
+        spares = [name for name in missing if name in self._spares]
+        self._reforming.form([*left, *spares], now)
         self._start_deadline = self._reforming.deadline()
-        if left:
-            missing = sorted(set(self._seats) - left.keys())
-            spares = [name for name in missing if name in self._spares]
+        if self._reforming.reformed:
+            around = ", ".join(sorted(left)) or "nobody"
             self._log(
-                f"epoch {self._epoch} is re-formed around {', '.join(sorted(left))}; new: {', '.join(missing)}"
+                f"epoch {self._epoch} is re-formed around {around}; new: {', '.join(missing)}"
                 + (f", of which {', '.join(spares)} from the spares" if spares else "")
             )
         for name in self._seats:
@@ -388,7 +389,8 @@ class Course(ABC, Generic[M]):
         self._fence = None
         if not served:
             self._reforming.failed(by_itself)
-        backoff = self._reform_backoff if survivors else self._backoff
+        at_once = self._reforming.at_once(served, survivors, self._spares)
+        backoff = self._reform_backoff if at_once else self._backoff
         delay = 0.0 if planned else backoff.failed(0.0 if self._ready_at is None else now - self._ready_at)
         self._next_start = now + delay
         if kind is not None:

@@ -12,7 +12,7 @@ from typing import Literal
 import msgspec
 
 from sglang_kevlar.control.detection import SUPERVISOR, EpochWatch, Loss, Observation
-from sglang_kevlar.protocol.group import GroupReport, LossKind
+from sglang_kevlar.protocol.group import GroupFormed, GroupReport, LossKind
 from sglang_kevlar.protocol.launch import KevlarArgs
 
 Role = Literal["active", "standby"]
@@ -26,6 +26,8 @@ class GroupReady(msgspec.Struct, frozen=True):
     init_info: dict[str, object]
     #: see `GroupReport`
     shadow_endpoints: list[str] = []
+    formed: GroupFormed | None = None
+    formed_s: float = 0.0
 
 
 class GroupLost(msgspec.Struct, frozen=True):
@@ -153,7 +155,8 @@ class Membership:
         elif report.phase == "ready" and g.stage == "starting":
             g.stage = "ready"
             g.cause = ""
-            events.append(GroupReady(g.id, g.epoch, report.init_info or {}, report.shadow_endpoints))
+            init_info, endpoints = report.init_info or {}, report.shadow_endpoints
+            events.append(GroupReady(g.id, g.epoch, init_info, endpoints, report.formed, report.formed_s))
         return events
 
     def on_process_exit(self, group: int, epoch: int, name: str, now: float) -> list[Event]:

@@ -61,9 +61,13 @@ class Reforming:
             return frozenset()
         return frozenset(alive)
 
-    def form(self, left: Collection[str], now: float) -> None:
-        """An epoch begins; ``left``: seats whose rank left the last one for this."""
-        self.reformed = bool(left)
+    def at_once(self, served: bool, survivors: Collection[str], spares: Collection[str]) -> bool:
+        """Whether the next epoch begins without the wait before new processes: who it is made of is there already."""
+        return bool(survivors) or (served and bool(spares) and not self.given_up)
+
+    def form(self, there: Collection[str], now: float) -> None:
+        """An epoch begins; ``there``: seats whose rank left the last one for this, or was a spare."""
+        self.reformed = bool(there)
         self._began = now
 
     def missing_spares(self, spares: Collection[str]) -> list[str]:

@@ -21,6 +21,7 @@ from sglang_kevlar.frontend.replay import RunTimeChanges, changes_weights
 from sglang_kevlar.frontend.update_groups import UpdateGroups
 from sglang_kevlar.frontend.weight_transfers import WeightTransfers
 from sglang_kevlar.frontend.wire_check import Unsendable, check_message
+from sglang_kevlar.observability.metrics import NoMetrics
 
 if TYPE_CHECKING:
     from sglang_kevlar.frontend.failover import Failover
@@ -41,13 +42,14 @@ class ControlRequests:
         changes: RunTimeChanges,
         tp_size: int,
         timeout: float,
+        metrics: NoMetrics,
     ) -> None:
         self._failover = failover
         self._kill = kill
         self._changes = changes
         self._timeout = timeout
         self._update_groups = UpdateGroups(tp_size)
-        self._transfers = WeightTransfers(failover, changes, self._weights_change, timeout)
+        self._transfers = WeightTransfers(failover, changes, self._weights_change, timeout, metrics)
         #: by the type of the answer
         self._communicators: dict[type, GroupCommunicator] = {}
         #: the answer to what is being replayed

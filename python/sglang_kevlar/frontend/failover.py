@@ -105,6 +105,8 @@ class Failover(Requests):
             assert channel is None, f"group {group} is attached twice"
             capacity = int(event.init_info.get("max_total_num_tokens") or 0)  # type: ignore[call-overload]
             self.channels[group] = self._groups.open(event, capacity)
+            if event.formed is not None:
+                self._metrics.formed(group, event.formed, event.formed_s)
             self._spawn(self._attach(self.channels[group]))
         elif isinstance(event, GroupLost) and current is not None:
             await self._lost(current, event)

@@ -110,7 +110,7 @@ class KevlarTokenizerManager(TokenizerManager, Host):
         self._changes = RunTimeChanges(at_start, self.paths.changes)
         args = self.plan.kevlar
         self._control = ControlRequests(
-            self.failover, self.groups.kill, self._changes, self.plan.tp_size, args.control_timeout
+            self.failover, self.groups.kill, self._changes, self.plan.tp_size, args.control_timeout, self._metrics
         )
         specs = [(spec[0], spec[1]) for spec in _COMMUNICATOR_SPECS]
         for name, answer in [*specs, ("update_weights_from_disk", UpdateWeightFromDiskReqOutput)]:

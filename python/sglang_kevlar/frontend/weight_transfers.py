@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from sglang_kevlar.frontend.channels import Channel
 from sglang_kevlar.frontend.fan_out import GroupEpoch
 from sglang_kevlar.frontend.replay import RunTimeChanges
+from sglang_kevlar.observability.metrics import NoMetrics, TransferOutcome
 from sglang_kevlar.worker.weights.messages import (
     FetchWeightsReq,
     FetchWeightsReqOutput,
@@ -38,7 +39,12 @@ class WeightTransfers:
     """One at a time: two would only share the memory bandwidth of the same group."""
 
     def __init__(
-        self, failover: Failover, changes: RunTimeChanges, changing: Callable[[], bool], timeout: float
+        self,
+        failover: Failover,
+        changes: RunTimeChanges,
+        changing: Callable[[], bool],
+        timeout: float,
+        metrics: NoMetrics,
     ) -> None:
         """``changing``: whether a change of the weights is sent and not yet answered. ``timeout``: seconds for all
         tries of one group."""
@@ -46,6 +52,7 @@ class WeightTransfers:
         self._changes = changes
         self._changing = changing
         self._timeout = timeout
+        self._metrics = metrics
         self._one_at_a_time = asyncio.Lock()
         self._asked: dict[GroupEpoch, tuple[str, asyncio.Future[Any]]] = {}
 
@@ -64,12 +71,17 @@ class WeightTransfers:
             future.set_exception(ConnectionError("it was lost"))
 
     async def bring(self, channel: Channel) -> tuple[str, str | None]:
-        """The weights of a group that serves, into this one. The name of what it has then, or a reason why not."""
+        """The weights of a group that serves, into this one. The name of what it has then, or a reason why not.
+
+        No name and no reason: they are to be had from disk by now, and must be, for it may have some of the others.
+        """
         async with self._one_at_a_time:
             deadline = time.monotonic() + self._timeout
-            failed: dict[GroupEpoch, str] = {}
+            failed: set[GroupEpoch] = set()
             why = "no worker group that has them serves"
             while not channel.closed and time.monotonic() < deadline:
+                if self._changes.not_replayable is None:
+                    return "", None
                 content = self._changes.content
                 donor = self._donor(channel, failed)
                 if donor is None:
@@ -79,28 +91,32 @@ class WeightTransfers:
                     await asyncio.sleep(RETRY)
                     continue
                 # Nothing is waited for before it is sent: a change that comes later reaches the donor later.
-                busy, reason = await self._transfer(donor, channel, deadline - time.monotonic())
-                if content != self._changes.content:
+                began = time.monotonic()
+                busy, reason, size = await self._transfer(donor, channel, deadline)
+                changed = content != self._changes.content
+                outcome: TransferOutcome = "changed" if changed or busy else "done" if reason is None else "failed"
+                self._metrics.weight_transfer(outcome, size, time.monotonic() - began)
+                if changed:
                     failed.clear()
                     why = "the weights are being changed"
                 elif reason is None:
                     return content, None
                 else:
-                    why = f"worker group {donor.group}: {reason}"
-                    logger.warning(
-                        "worker group %d (epoch %d) did not get the weights of worker group %d: %s",
-                        channel.group,
-                        channel.epoch,
-                        donor.group,
-                        reason,
-                    )
+                    if (said := f"worker group {donor.group}: {reason}") != why:
+                        logger.warning(
+                            "worker group %d (epoch %d) did not get the weights of %s",
+                            channel.group,
+                            channel.epoch,
+                            said,
+                        )
+                    why = said
                     if busy:
                         await asyncio.sleep(RETRY)
                     else:
-                        failed[donor.group, donor.epoch] = reason
+                        failed.add((donor.group, donor.epoch))
             return "", f"{self._changes.not_replayable} ({why})"
 
-    def _donor(self, channel: Channel, failed: dict[GroupEpoch, str]) -> Channel | None:
+    def _donor(self, channel: Channel, failed: set[GroupEpoch]) -> Channel | None:
         fit = [
             other
             for other in self._failover.channels.values()
@@ -114,8 +130,8 @@ class WeightTransfers:
             default=None,
         )
 
-    async def _transfer(self, donor: Channel, channel: Channel, timeout: float) -> tuple[bool, str | None]:
-        """Whether to try the same again, and why it failed."""
+    async def _transfer(self, donor: Channel, channel: Channel, deadline: float) -> tuple[bool, str | None, int]:
+        """Whether to try the same again, why it failed, and the bytes that were taken if it did not."""
         ticket, began = uuid.uuid4().hex, time.monotonic()
         logger.info(
             "worker group %d (epoch %d): takes over the weights of worker group %d",
@@ -126,11 +142,11 @@ class WeightTransfers:
         network = not (donor.place.local and channel.place.local)
         offer = await self._ask(donor, ServeWeightsReq(ticket=ticket, network=network), 0.0)
         if isinstance(offer, str) or not offer.success:
-            return (False, offer) if isinstance(offer, str) else (offer.busy, offer.message)
-        fetch = FetchWeightsReq(ticket=ticket, endpoints=offer.endpoints, timeout=timeout)
-        done = await self._ask(channel, fetch, timeout)
+            return (False, offer, 0) if isinstance(offer, str) else (offer.busy, offer.message, 0)
+        left = max(0.0, deadline - time.monotonic())
+        done = await self._ask(channel, FetchWeightsReq(ticket=ticket, endpoints=offer.endpoints, timeout=left), left)
         if isinstance(done, str) or not done.success:
-            return (False, done) if isinstance(done, str) else (done.busy, done.message)
+            return (False, done, 0) if isinstance(done, str) else (done.busy, done.message, 0)
         logger.info(
             "worker group %d (epoch %d): has the weights of worker group %d, %.1f MB in %.2f s",
             channel.group,
@@ -139,7 +155,7 @@ class WeightTransfers:
             done.bytes / 1e6,
             time.monotonic() - began,
         )
-        return False, None
+        return False, None, done.bytes
 
     async def _ask(self, channel: Channel, request: Any, timeout: float) -> Any:
         """The answer, or why there is none."""

@@ -11,7 +11,7 @@ import contextlib
 import os
 import re
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 #: modes whose value means a process that lives; upstream uses livesum and mostrecent
 _LIVE_GAUGE = re.compile(r"gauge_(?:live[a-z]*|mostrecent)_(\d+)\.db")
@@ -20,6 +20,11 @@ _LIVE_GAUGE = re.compile(r"gauge_(?:live[a-z]*|mostrecent)_(\d+)\.db")
 DETECTION_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 STALL_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 HOLD_BUCKETS = (0.01, 0.05, 0.1, 0.5, 1, 2.5, 5, 10, 20, 30, 45, 60, 120)
+
+#: of weights from one group to another
+TRANSFER_BUCKETS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+#: ``changed``: the weights were being changed meanwhile, so it did not count
+TransferOutcome = Literal["done", "changed", "failed"]
 
 #: of the shadow of each group; they start from zero with each epoch of it
 SHADOW_GAUGES = {
@@ -66,6 +71,12 @@ class NoMetrics:
     def shadow(self, group: int, values: dict[str, float]) -> None:
         """What a group says of its shadow now; ``values`` by the names in SHADOW_GAUGES."""
 
+    def formed(self, group: int, how: str, seconds: float) -> None:
+        """A group is ready; ``how``: see `protocol.group.GroupFormed`, ``seconds``: since it began to form."""
+
+    def weight_transfer(self, outcome: TransferOutcome, size: int, seconds: float) -> None:
+        """One try to give a group the weights of another. ``size``: bytes that were taken."""
+
 
 class PrometheusMetrics(NoMetrics):
     """``groups``: ids of all groups, so that each has a value from the start.
@@ -108,6 +119,11 @@ class PrometheusMetrics(NoMetrics):
             "redirect_stall_seconds", "From the loss of its group to the next token of a request.", STALL_BUCKETS
         )
         self._hold = histogram("hold_seconds", "Time that requests waited for a worker group.", HOLD_BUCKETS)
+        self._formed = counter("groups_formed_total", "Worker groups that became ready.", ("group", "how"))
+        self._formed_seconds = counter("groups_formed_seconds_total", "Time that it took them.", ("group", "how"))
+        self._transfers = counter("weight_transfers_total", "Tries to copy weights between groups.", ("outcome",))
+        self._transferred = counter("weight_transfer_bytes_total", "Weights copied between groups, by all ranks.")
+        self._transfer = histogram("weight_transfer_seconds", "Time of those that were done.", TRANSFER_BUCKETS)
         self.held(0)
         for group in groups:
             self.group(group, ready=False, epoch=0)
@@ -140,6 +156,16 @@ class PrometheusMetrics(NoMetrics):
     def shadow(self, group: int, values: dict[str, float]) -> None:
         for name, value in values.items():
             self._shadow[name].labels(group).set(value)
+
+    def formed(self, group: int, how: str, seconds: float) -> None:
+        self._formed.labels(group, how).inc()
+        self._formed_seconds.labels(group, how).inc(seconds)
+
+    def weight_transfer(self, outcome: TransferOutcome, size: int, seconds: float) -> None:
+        self._transfers.labels(outcome).inc()
+        self._transferred.inc(size)
+        if outcome == "done":
+            self._transfer.observe(seconds)
 
 
 def forget_dead_processes(directory: str) -> None:

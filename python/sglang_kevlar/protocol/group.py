@@ -18,6 +18,9 @@ SHADOW_ENDPOINT = "shadow_endpoint"
 
 GroupPhase = Literal["starting", "ready", "down", "stopped"]
 
+#: of what an epoch was made: around ranks, or spares, that had their weights; of forks; of new processes
+GroupFormed = Literal["reformed", "warm", "cold"]
+
 #: "unfit": the frontend cannot use it (does not connect, does not read, cannot be brought up to date). Of groups on
 #: other hosts: "network", their session ended; "left", they said so.
 LossKind = Literal["exit", "stopped", "hang", "errors", "report", "unfit", "operator", "network", "left"]
@@ -52,6 +55,9 @@ class GroupReport(msgspec.Struct, frozen=True, kw_only=True, tag="report"):
     failed_starts: int = 0
     #: seconds until the next start, while down
     retry_in: float = 0.0
+    #: of an epoch that is ready, and how many seconds it took from its beginning
+    formed: GroupFormed | None = None
+    formed_s: float = 0.0
 
 
 class KillGroup(msgspec.Struct, frozen=True, kw_only=True, tag="kill"):

@@ -278,11 +278,20 @@ _REFORM_SEAMS = (
     _seam("srt.managers.scheduler:create_scheduler_watchdog", _RANK, signature="scheduler watchdog_timeout soft"),
     _seam("srt.distributed.bootstrap:measure_pre_model_load_memory", _RANK, signature="device is_draft_worker"),
     _seam(
+        "srt.distributed.bootstrap:get_available_gpu_memory",
+        _RANK,
+        signature="device gpu_id distributed empty_cache cpu_group",
+    ),
+    _seam(
         "srt.model_executor.model_runner:load_model_with_memory_saver",
         _RANK,
         signature="model_config load_config device gpu_id memory_saver_adapter is_draft_worker",
     ),
-    _seam("srt.distributed.parallel_state:GroupCoordinator", _RANK, fields="device_group cpu_group destroy"),
+    _seam(
+        "srt.distributed.parallel_state:GroupCoordinator", _RANK, fields="device_group cpu_group pynccl_comm destroy"
+    ),
+    _seam("srt.distributed.device_communicators.pynccl:PyNcclCommunicator", _RANK, fields="available comm nccl"),
+    _seam("srt.distributed.device_communicators.pynccl_wrapper:NCCLLibrary", _RANK, fields="lib NCCL_CHECK"),
     _seam("srt.distributed.parallel_state:destroy_model_parallel", _RANK, passes=""),
     _seam("srt.distributed.parallel_state:destroy_distributed_environment", _RANK, passes=""),
     _seam("srt.distributed.parallel_state:abort_distributed_environment", _RANK, passes=""),
@@ -294,8 +303,10 @@ _REFORM_SEAMS = (
         _RANK,
         fields="device enable_dp_attention dp_size ep_size enable_lora speculative_algorithm enable_hierarchical_cache "
         "enable_memory_saver cpu_offload_gb enable_torch_compile disaggregation_mode enable_pdmux elastic_ep_backend "
-        "load_format",
+        "load_format disable_custom_all_reduce flashinfer_allreduce_fusion_backend enable_mscclpp "
+        "enable_torch_symm_mem enable_symm_mem pre_warm_nccl enable_tp_lm_head_all_to_all cuda_graph_config",
     ),
+    _seam("srt.environ:Envs", _RANK, fields="SGLANG_ENABLE_PCIE_IPC_ALLREDUCE SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"),
     _seam(
         "srt.managers.scheduler_components.ipc_channels:SchedulerIpcChannels",
         _RANK,

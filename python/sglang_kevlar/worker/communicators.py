@@ -18,7 +18,14 @@ from sglang.srt.distributed import bootstrap, parallel_state
 from sglang.srt.distributed.parallel_state import GroupCoordinator
 from sglang.srt.runtime_context import reset_context
 
+from sglang_kevlar.worker.device_aborts import DeviceAborts
+
+#: seconds for NCCL to give up what was captured in no graph any more
+ABORT_WITHIN = 10.0
 _BACKEND = "kevlar_unbound"
+
+
+_aborts = DeviceAborts()
 
 
 class Group(NamedTuple):
@@ -83,16 +90,41 @@ def groups() -> dict[str, Group]:
     return {name: Group(each, each.device_group, each.cpu_group) for name, each in found.items()}
 
 
+def give_up() -> None:
+    """Nothing waits on a device for another rank any more. From any thread; `release` is to follow."""
+    _aborts.begin(groups().values())
+
+
 def release() -> None:
     """Leave all groups, and have upstream forget the engine that used them: settings, buffers, expert locations.
 
     Gloo closes its connections, at which others see it, with the last reference to a group.
     """
-    if torch.cuda.is_available():
-        parallel_state.abort_distributed_environment()  # destroying is a collective there
+    on_device = uses_device()
+    if on_device:
+        held = groups().values()
+        _aborts.begin(held)
+        for group in held:
+            # To destroy one of NCCL means to wait for all of its ranks; and after the abort it is an error.
+            group.coordinator.device_group = group.coordinator.cpu_group = None
     parallel_state.destroy_model_parallel()
-    parallel_state.destroy_distributed_environment()
+    if not on_device:
+        parallel_state.destroy_distributed_environment()
     reset_context()
+
+
+def finish() -> None:
+    """The second half of `release`, when graphs that were captured over the groups are gone. Raises RuntimeError."""
+    if uses_device():
+        _aborts.finish(ABORT_WITHIN)
+        parallel_state.abort_distributed_environment()  # NCCL's are; torch is to forget them
+        parallel_state.destroy_distributed_environment()
+        # Pools of the last epoch, which otherwise count as taken when those of the next are sized.
+        torch.cuda.empty_cache()
+
+
+def uses_device() -> bool:
+    return torch.cuda.is_available()
 
 
 def unbind(model: torch.nn.Module, former: dict[str, Group]) -> dict[str, Group]:

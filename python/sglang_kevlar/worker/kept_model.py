@@ -12,6 +12,8 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import sglang.srt.managers.scheduler as upstream
+import torch
+from sglang.srt.distributed import bootstrap
 from sglang.srt.managers.io_struct import (
     BeginWeightUpdateReqInput,
     CheckWeightsReqInput,
@@ -43,6 +45,8 @@ _CHANGES = (
     UpdateWeightsFromIPCReqInput,
     UpdateWeightsFromTensorReqInput,
 )
+
+_GB = 1 << 30
 
 
 class _Loaded(Exception):
@@ -76,7 +80,9 @@ class KeptModel:
         #: what it was made over, or was bound to last
         self._groups: dict[str, communicators.Group] = {}
         self._preloading = False
+        self._free = bootstrap.get_available_gpu_memory
         model_runner.load_model_with_memory_saver = self._take
+        bootstrap.get_available_gpu_memory = self._free_before_load
 
     def load(self, server_args: ServerArgs, gpu_id: int, tp_rank: int, pp_rank: int) -> None:
         began = time.monotonic()
@@ -94,6 +100,7 @@ class KeptModel:
         assert self._kept is not None
         self.unbind()
         communicators.release()
+        communicators.finish()
         logger.info("Weights are loaded, %.2f s; waiting for the other ranks.", time.monotonic() - began)
 
     def unbind(self) -> None:
@@ -107,6 +114,17 @@ class KeptModel:
             logger.info("Weights may change now: those of the next epoch are loaded again.")
             self._kept = None
 
+    def _free_before_load(
+        self, device: str, gpu_id: int, distributed: bool = False, empty_cache: bool = True, cpu_group: Any = None
+    ) -> float:
+        """GB. Upstream measures it before a load, and leaves a part of it free beside the pool; so it has to be as if
+        nothing were loaded yet. With all ranks it is the least, of which some may have kept nothing."""
+        kept = 0 if self._kept is None else size(self._kept.model)
+        here = torch.tensor(self._free(device, gpu_id, empty_cache=empty_cache) * _GB + kept, dtype=torch.float32)
+        if distributed:
+            torch.distributed.all_reduce(here, op=torch.distributed.ReduceOp.MIN, group=cpu_group)
+        return here.item() / _GB
+
     def _take(self, **how: Any) -> Any:
         if how["is_draft_worker"]:
             return self._load(**how)
@@ -118,6 +136,12 @@ class KeptModel:
         if self._preloading:
             raise _Loaded
         return self._kept
+
+
+def size(model: torch.nn.Module) -> int:
+    """Bytes of its weights, tied ones once."""
+    storages = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def why_not(server_args: ServerArgs, device_asked_for: bool) -> str | None:
@@ -149,4 +173,34 @@ def why_not(server_args: ServerArgs, device_asked_for: bool) -> str | None:
         "an elastic EP backend": args.elastic_ep_backend is not None,
         "another load format than of files": args.load_format not in ("auto", "safetensors", "pt", "dummy"),
     }
+    if not on_cpu:
+        reasons |= _why_not_on_device(args)
     return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def _why_not_on_device(args: Any) -> dict[str, bool]:
+    """Graphs and kernels that cannot be given up. NCCL's can, so what goes past it has to be off."""
+    from sglang.srt.environ import envs
+
+    alone = args.tp_size * args.pp_size == 1
+    between_ranks = {
+        "kernels of custom all-reduce wait for a dead rank for ever (--disable-custom-all-reduce)": (
+            not args.disable_custom_all_reduce
+        ),
+        "fused all-reduces wait for a dead rank for ever (--enforce-disable-flashinfer-allreduce-fusion)": (
+            args.flashinfer_allreduce_fusion_backend is not None
+        ),
+        "--enable-mscclpp": args.enable_mscclpp,
+        "--enable-torch-symm-mem": args.enable_torch_symm_mem,
+        "--enable-symm-mem registers memory with communicators for the life of a process": args.enable_symm_mem,
+        "--pre-warm-nccl": args.pre_warm_nccl,
+        "--enable-tp-lm-head-all-to-all": args.enable_tp_lm_head_all_to_all,
+        "SGLANG_ENABLE_PCIE_IPC_ALLREDUCE": envs.SGLANG_ENABLE_PCIE_IPC_ALLREDUCE.get(),
+    }
+    return {
+        "a device that is not of CUDA": args.device != "cuda",
+        "graphs of torch.compile stay in the model (--cuda-graph-backend-prefill, --cuda-graph-backend-decode)": (
+            "tc_piecewise" in (args.cuda_graph_config.prefill.backend, args.cuda_graph_config.decode.backend)
+        ),
+        **({} if alone else between_ranks),
+    }

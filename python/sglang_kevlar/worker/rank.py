@@ -59,8 +59,8 @@ class Rank:
         self._pp_rank, self._tp_rank = divmod(rank, membership.plan.tp_size)
         #: None: this process does not outlive an epoch
         self._kept: KeptModel | None = None
-        #: whether the loop runs, so that it may be ended
-        self._in_loop = False
+        #: stands for the loop that runs, so that it may be ended
+        self._in_loop: object | None = None
         self._left_because: str | None = None
 
     def run(self) -> bool:
@@ -95,14 +95,22 @@ class Rank:
         else:
             from sglang_kevlar.worker import retirement
 
+            if plan.kevlar.spare_ranks:
+                # The spares of some ranks take memory of their devices, which is no reason not to start.
+                os.environ.setdefault("SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK", "false")
             retirement.prepare()
             self._names = retirement.Names()
             self._kept = KeptModel()
             self._kept.load(server_args, gpu_id, self._tp_rank, self._pp_rank)
             signal.signal(LEAVE, self._on_leave)
+            if server_args.device != "cpu":
+                from sglang_kevlar.worker import communicators
+                from sglang_kevlar.worker.device_aborts import Rescue
+
+                self._rescue = Rescue(LEAVE, lambda: self._in_loop, communicators.give_up)
 
     def _on_leave(self, *_: object) -> None:
-        if self._in_loop:
+        if self._in_loop is not None:
             raise EpochOver
 
     def _serve(self, server_args: ServerArgs, incarnation: Incarnation, gpu_id: int) -> bool:
@@ -116,7 +124,7 @@ class Rank:
         started, scheduler_class.started = scheduler_class.started, None
         graceful = started is not None and bool(started.gracefully_exit)
         if self._left_because is not None:
-            from sglang_kevlar.worker import retirement
+            from sglang_kevlar.worker import communicators, retirement
 
             assert self._kept is not None
             self._kept.unbind()
@@ -132,6 +140,7 @@ class Rank:
             if remains() is not None:
                 # Its pools would be there a second time in the next epoch.
                 raise RuntimeError("the scheduler of the last epoch is still held by something")
+            communicators.finish()
         return graceful
 
     def _scheduler_class(self, incarnation: Incarnation) -> type[Scheduler]:
@@ -183,14 +192,14 @@ class Rank:
                     super().run_event_loop()
                     return
                 try:
-                    process._in_loop = True
+                    process._in_loop = object()
                     super().run_event_loop()
-                    process._in_loop = False
+                    process._in_loop = None
                 except EpochOver:
-                    process._in_loop = False  # first: it may be asked once more
+                    process._in_loop = None  # first: it may be asked once more
                     process._left_because = ""
                 except Exception as error:
-                    process._in_loop = False
+                    process._in_loop = None
                     process._left_because = describe(error)
 
         if orders is None:

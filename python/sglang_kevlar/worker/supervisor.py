@@ -33,6 +33,7 @@ from sglang_kevlar.launcher.status import StatusWriter
 from sglang_kevlar.protocol.group import (
     REPORT_INTERVAL,
     SHADOW_ENDPOINT,
+    GroupFormed,
     GroupReport,
     KillGroup,
     ProcessRef,
@@ -272,8 +273,15 @@ class Supervisor(Course[Member]):
             kind=self._kind if down else None,
             failed_starts=self._failed_starts,
             retry_in=max(0.0, self._next_start - now) if down else 0.0,
+            formed=self._formed() if ready else None,
+            formed_s=self._ready_at - self._started_at if ready and self._ready_at is not None else 0.0,
         )
         self._tell(report)
+
+    def _formed(self) -> GroupFormed:
+        if self._reforming.reformed:
+            return "reformed"
+        return "warm" if self._warm.warm else "cold"
 
     def _tell(self, report: GroupReport) -> None:
         try:

@@ -53,8 +53,8 @@ class WarmStart:
         self._deadline = float("inf")
         #: when there is to be a template (again), monotonic seconds
         self._due = float("inf") if template is None else 0.0
-        #: whether the epoch of now is a warm one
-        self._warm = False
+        #: whether the epoch of now is, or was, begun by forks
+        self.warm = False
         #: the last one was, and failed
         self.suspect = False
         self._strikes = 0
@@ -98,11 +98,11 @@ class WarmStart:
 
     def begin(self) -> None:
         """An epoch starts."""
-        self._warm = self._ready_at is not None and not self.suspect
+        self.warm = self._ready_at is not None and not self.suspect
 
     def fork(self, name: str, command: Sequence[str], stderr: int, ready: int, orders: int) -> Child | None:
         """A member that runs ``command`` (a Python module) when it is let go, or None: it has to be started cold."""
-        if not self._warm or self._channel is None:
+        if not self.warm or self._channel is None:
             return None
         python, option, module, *argv = command
         assert (python, option) == (sys.executable, "-m")
@@ -129,7 +129,7 @@ class WarmStart:
     def failed(self) -> None:
         """The epoch ended before it was ready, and nobody from outside ended it."""
         # When the cold one fails too, imports are not to blame.
-        self.suspect = self._warm
+        self.suspect = self.warm
 
     # -- the template
 

@@ -1,0 +1,161 @@
+"""Two processes with upstream's groups; one is killed while the other waits for it, which then meets a new one.
+
+The same on a CPU (gloo) and on two GPUs (NCCL: torch's group, upstream's PyNCCL, and that in a captured graph).
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import signal
+import time
+from typing import Any
+
+from sglang_kevlar.platform import torchvision_shim
+
+torchvision_shim.install()
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from sglang.srt.distributed import parallel_state  # noqa: E402
+
+from sglang_kevlar.worker import communicators  # noqa: E402
+from sglang_kevlar.worker.device_aborts import Rescue  # noqa: E402
+from sglang_kevlar.worker.free_port import free_port  # noqa: E402
+from sglang_kevlar.worker.member import LEAVE  # noqa: E402
+
+PATIENCE = 120.0
+
+
+class Left(BaseException):
+    pass
+
+
+class Sums:
+    """Over the ranks, by each way that there is."""
+
+    def __init__(self, rank: int, port: int, backend: str) -> None:
+        self.rank, self.backend = rank, backend
+        meeting = f"tcp://127.0.0.1:{port}"
+        parallel_state.init_distributed_environment(2, rank, meeting, rank, backend)
+        parallel_state._TP = self.group = parallel_state.init_model_parallel_group(
+            [[0, 1]], rank, backend, use_custom_allreduce=False, group_name="tp"
+        )
+        self.graph: Any = None
+        if backend == "nccl":
+            self.static = torch.ones(8, device=self.group.device)
+            self.graph = torch.cuda.CUDAGraph()
+            with self.group.pynccl_comm.change_state(enable=True), torch.cuda.graph(self.graph):
+                self.group.pynccl_comm.all_reduce(self.static)
+
+    def check(self) -> None:
+        expected = [3.0] * 8
+        if self.graph is not None:
+            self.static.fill_(self.rank + 1)
+            self.graph.replay()
+            torch.cuda.synchronize()
+            assert self.static.tolist() == expected
+            with self.group.pynccl_comm.change_state(enable=True):
+                assert self._sum(self.group.pynccl_comm.all_reduce) == expected
+        assert self._sum(lambda each: dist.all_reduce(each, group=self.group.device_group)) == expected
+
+    def _sum(self, how: Any) -> list[float]:
+        each = torch.full((8,), self.rank + 1.0, device=self.group.device)
+        how(each)
+        return list(each.tolist())
+
+
+def member(rank: int, backend: str, on_device: bool, pipe: Any) -> None:
+    loop: object | None = None
+
+    def leave(*_: object) -> None:
+        if loop is not None:
+            raise Left
+
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    elif on_device:
+        communicators.uses_device = lambda: True
+    signal.signal(LEAVE, leave)
+    Rescue(LEAVE, lambda: loop, communicators.give_up)
+    while True:
+        sums = Sums(rank, pipe.recv(), backend)
+        sums.check()
+        pipe.send("met")
+        assert pipe.recv() == "wait"
+        loop = object()
+        try:
+            sums.check()
+            raise AssertionError("nobody was there, and it went on")
+        except (Left, RuntimeError):
+            loop = None
+        del sums
+        communicators.release()
+        gc.collect()
+        communicators.finish()
+        pipe.send("left")
+
+
+class Pair:
+    """Of such processes, from outside."""
+
+    def __init__(self, backend: str, on_device: bool) -> None:
+        # A process that has used the driver of its GPUs cannot be forked.
+        self._context: Any = multiprocessing.get_context("spawn" if backend == "nccl" else "fork")
+        self._how = backend, on_device
+        self._members = [self._start(rank) for rank in range(2)]
+
+    def _start(self, rank: int) -> tuple[Any, Any]:
+        ours, theirs = self._context.Pipe()
+        process = self._context.Process(target=member, args=(rank, *self._how, theirs), daemon=True)
+        process.start()
+        theirs.close()
+        return process, ours
+
+    def meet(self) -> None:
+        port = free_port(0, 1)
+        for _, pipe in self._members:
+            pipe.send(port)
+        for rank in range(2):
+            self._hear(rank, "met")
+
+    def _hear(self, rank: int, word: str, asking: bool = False) -> None:
+        process, pipe = self._members[rank]
+        deadline = time.monotonic() + PATIENCE
+        while not pipe.poll(0.2):
+            assert process.is_alive() and time.monotonic() < deadline, f"rank {rank} does not say that it {word}"
+            if asking:
+                os.kill(process.pid, LEAVE)
+        assert pipe.recv() == word
+
+    def lose(self, rank: int) -> None:
+        """The other one waits for it, leaves, and is there for the next `meet` with a new one."""
+        other = 1 - rank
+        pid = self._members[other][0].pid
+        self._members[other][1].send("wait")
+        time.sleep(0.2)
+        process, pipe = self._members[rank]
+        process.kill()
+        process.join()
+        pipe.close()
+        self._hear(other, "left", asking=True)
+        assert self._members[other][0].pid == pid
+        self._members[rank] = self._start(rank)
+
+    def end(self) -> None:
+        for process, pipe in self._members:
+            process.kill()
+            process.join()
+            pipe.close()
+
+
+def lose_peers(backend: str, on_device: bool) -> None:
+    pair = Pair(backend, on_device)
+    try:
+        pair.meet()
+        for rank in (1, 0):
+            pair.lose(rank)
+            pair.meet()
+    finally:
+        pair.end()

@@ -1,0 +1,89 @@
+"""Groups on GPUs form again around who lives: what `test/e2e/test_reform.py` does on CPUs, by the same code.
+
+One group only, so that one or two devices will do: what it was at when it lost a rank goes on when it serves again.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from losing_ranks import MANY, World
+from server import Server
+
+#: float32 has these alone. Whatever waits on a device for another rank past NCCL has to be off (docs/limits.md).
+FLAGS = ["--attention-backend", "triton", "--sampling-backend", "pytorch", "--mem-fraction-static", "0.3"]
+FLAGS += ["--reform", "on", "--disable-custom-all-reduce", "--enforce-disable-flashinfer-allreduce-fusion", *MANY]
+#: MiB that may be in use on a device more after many re-forms than after the first
+GROWTH = 64
+_CAPTURE = "Capture target decode "
+
+
+@contextmanager
+def serving(models: Path, log: Path, *flags: str) -> Iterator[World]:
+    server = Server(models / "llama-f32", log, *FLAGS, *flags, groups=1)
+    try:
+        server.wait_ready()
+        yield World(server)
+    finally:
+        server.stop()
+
+
+def used(device: int = 0) -> int:
+    """MiB, of all processes."""
+    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-i", str(device)]
+    return int(subprocess.run(query, check=True, capture_output=True, text=True, timeout=60).stdout)
+
+
+@pytest.mark.gpu(2)
+@pytest.mark.timeout(1800)
+def test_the_other_rank_lives_on_over_nccl(models: Path, tmp_path: Path) -> None:
+    """Also while it waits for the dead one in a captured graph, which is where it mostly is under load."""
+    with serving(models, tmp_path / "log", "--tp-size", "2") as world:
+        for rank, after in ((1, 0.3), (0, 0.3), (1, 0.1), (0, 0.5)):
+            world.lose(0, [rank], after)
+        log = (tmp_path / "log").read_text()
+        assert log.count("re-formed around") == 4
+        assert "does not leave" not in log
+
+
+@pytest.mark.gpu(1)
+@pytest.mark.timeout(1800)
+def test_a_spare_takes_the_place_of_the_only_rank(models: Path, tmp_path: Path) -> None:
+    with serving(models, tmp_path / "log", "--spare-ranks", "1") as world:
+        for _ in range(2):
+            world.spare_takes_over(0)
+
+
+@pytest.mark.gpu(1)
+@pytest.mark.timeout(1800)
+def test_a_rank_that_is_bound_again_captures_its_graphs_again_and_gives_its_memory_back(
+    models: Path, tmp_path: Path
+) -> None:
+    with serving(models, tmp_path / "log") as world:
+        world.leave(0)
+        after_one = used()
+        for _ in range(4):
+            world.leave(0)
+        assert used() - after_one <= GROWTH
+        log = (tmp_path / "log").read_text()
+        assert log.count("re-formed around rank0") == 5
+        assert log.count(_CAPTURE) == 6
+
+
+@pytest.mark.gpu(1)
+@pytest.mark.timeout(1800)
+def test_weights_that_are_kept_do_not_make_the_pool_larger(models: Path, tmp_path: Path) -> None:
+    """They are on the device before the free memory is measured of which the pool gets its share."""
+    sizes = {}
+    for reform in ("off", "on"):
+        server = Server(models / "llama-f32", tmp_path / reform, *FLAGS, "--reform", reform, groups=1)
+        try:
+            server.wait_ready()
+            sizes[reform] = server.get("/server_info").json()["internal_states"][0]["memory_usage"]["token_capacity"]
+        finally:
+            server.stop()
+    assert sizes["on"] == pytest.approx(sizes["off"], rel=0.01)
