@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python"))
 
-from sglang_kevlar.support_matrix import known_fields, option
+from sglang_kevlar.support_matrix import fields_of, option
 from sglang_kevlar.support_table import REFUSED, REMARKS
 from sglang_kevlar.upstream import patches
 from sglang_kevlar.upstream.contract import SUPPORTED, UpstreamMismatch, declarations, declared_patches, judge
@@ -61,8 +61,8 @@ def report(root: Path, base: str) -> bool:
     stale = [problem for file in files if (problem := _patch_problem(root, file))]
     _section(f"Patched files: {len(files) - len(stale)} of {len(files)} apply", stale)
 
-    added = tree.server_args_fields - known_fields(base)
-    removed = known_fields(base) - tree.server_args_fields
+    added = tree.server_args_fields - fields_of(base)
+    removed = fields_of(base) - tree.server_args_fields
     notable = {row.field for row in REFUSED} | REMARKS.keys()
     _section(f"Flags added: {len(added)}", sorted(map(option, added)))
     _section(

@@ -19,7 +19,7 @@ from sglang_kevlar.upstream.source_tree import SourceTree
 torchvision_shim.install()
 
 PACKAGE = Path(__file__).parents[2] / "python" / "sglang_kevlar"
-SEAMS = contract.declarations(contract.SUPPORTED[0])
+SEAMS = contract.declarations(contract.installed_version())
 
 MOVED = textwrap.dedent(
     """
@@ -127,7 +127,7 @@ def test_a_mismatch_stops_with_every_finding(monkeypatch):
     contract.check("frontend")  # nothing of it is this role's
 
 
-@pytest.mark.parametrize("found", ["0.5.20", "0.6.0", "0.5.21.post1"])
+@pytest.mark.parametrize("found", ["0.5.20", "0.5.22", "0.6.0", "0.5.21.post1"])
 def test_another_version_is_refused_by_name(monkeypatch, found):
     monkeypatch.setattr(contract, "version", lambda name: found)
     with pytest.raises(UpstreamMismatch, match=f"SGLang {found} is installed"):

@@ -10,6 +10,7 @@ import pytest
 from sglang_kevlar import support_matrix
 from sglang_kevlar.platform import torchvision_shim
 from sglang_kevlar.support_table import REFUSED, REFUSED_ENVIRONMENT, REMARKS
+from sglang_kevlar.upstream.contract import SUPPORTED
 
 LIMITS = Path(__file__).parents[2] / "docs" / "limits.md"
 
@@ -43,8 +44,9 @@ def test_an_unknown_flag_is_named():
 def test_the_tables_name_only_existing_flags_by_their_real_spelling(server_args_class):
     import argparse
 
-    fields = {row.field for row in REFUSED} | REMARKS.keys()
-    assert fields <= support_matrix.known_fields()
+    named = {row.field for row in REFUSED} | REMARKS.keys()
+    assert named <= set().union(*map(support_matrix.fields_of, SUPPORTED))
+    fields = named & support_matrix.known_fields()
     parser = argparse.ArgumentParser()
     server_args_class.add_cli_args(parser)
     spellings = {spelling for action in parser._actions for spelling in action.option_strings}
