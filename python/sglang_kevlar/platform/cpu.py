@@ -84,10 +84,11 @@ class TorchCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]  # my
     def get_default_attention_backend(self) -> str:
         return _ATTENTION
 
-    def get_kv_pool_cls(self, *, kind: str) -> None:
-        """From 0.5.22 on, instead of the next two: None is upstream's own pool."""
-        if kind == "dsa":
-            raise NotImplementedError("sparse attention (DSA) is not served on CPU")
+    def get_kv_pool_cls(self, *, kind: str) -> Any:
+        """From 0.5.22 on, instead of the next two, and for all kinds whatever the model is. None: upstream's own pool."""
+        from sglang_kevlar.platform.mla_attention import NoSparsePool
+
+        return NoSparsePool if kind == "dsa" else None
 
     def get_mha_kv_pool_cls(self) -> Any:
         from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
