@@ -2,6 +2,7 @@
 """For a scheduled job: check the SGLang releases that are newer than those we support, and write a report of each.
 
     scripts/watch_upstream.py [--reports DIR]     DIR/VERSION.md of each; default: docs/upstream
+    ... --base 0.5.21                             those that are newer than this one, against its declarations
 
 Releases are those of the package index that pip is set up for (pip.conf, PIP_INDEX_URL, PIP_FIND_LINKS, proxies).
 Exit status 0: there is none, or nothing moved in any. 1: something moved. 2: a release could not be looked at, of which
@@ -45,27 +46,23 @@ def releases() -> list[Version]:
     return sorted(Version(each) for each in listed.removeprefix(label).split(", "))
 
 
-def newer(available: list[Version], supported: tuple[str, ...]) -> list[Version]:
-    """Those behind the newest supported one, at most ``MOST``."""
-    return [each for each in available if each > max(map(Version, supported))][-MOST:]
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reports", type=Path, default=Path(__file__).resolve().parents[1] / "docs" / "upstream")
+    parser.add_argument("--base", choices=SUPPORTED, default=SUPPORTED[-1])
     args = parser.parse_args()
     try:
-        found = newer(releases(), SUPPORTED)
+        found = [each for each in releases() if each > Version(args.base)][-MOST:]
     except Unreachable as error:
         print(error, file=sys.stderr)
         return 2
     if not found:
-        print(f"no release of SGLang is newer than {SUPPORTED[-1]}")
+        print(f"no release of SGLang is newer than {args.base}")
     args.reports.mkdir(parents=True, exist_ok=True)
     status = 0
     for version in map(str, found):
         try:
-            report = check_release(version, SUPPORTED[-1])
+            report = check_release(version, args.base)
         except (subprocess.SubprocessError, zipfile.BadZipFile, SyntaxError) as error:
             print(f"SGLang {version} could not be read: {error}", file=sys.stderr)
             status = 2

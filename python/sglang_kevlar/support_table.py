@@ -140,6 +140,7 @@ REFUSED: tuple[Refused, ...] = (
 #: Environment variables that select what the flags above refuse.
 REFUSED_ENVIRONMENT: dict[str, str] = {
     "SGLANG_RUST_SERVER": "the Rust server answers clients from inside a scheduler and dies with it",
+    "DUMPER_SERVER_PORT": "whoever reaches the port can run code in a rank (CVE-2026-111391); debug with --stock",
     "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE": "every start of every group has a rendezvous of its own",
 }
 

@@ -85,7 +85,7 @@ class TorchCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]  # my
         return _ATTENTION
 
     def get_kv_pool_cls(self, *, kind: str) -> Any:
-        """From 0.5.22 on, instead of the next two, and for all kinds whatever the model is. None: upstream's own pool."""
+        """Instead of the next two from 0.5.22 on, and for all kinds whatever the model is. None: upstream's own."""
         from sglang_kevlar.platform.mla_attention import NoSparsePool
 
         return NoSparsePool if kind == "dsa" else None
