@@ -54,6 +54,19 @@ def test_the_tables_name_only_existing_flags_by_their_real_spelling(server_args_
     assert {support_matrix.option(field) for field in fields - internal} <= spellings
 
 
+def test_a_list_that_is_a_difference_differs_in_what_it_says():
+    older, newer = (support_matrix.fields_of(version) for version in ("0.5.21", "0.5.23"))
+    assert {"attn_dp_size", "enable_watermark"} <= newer - older
+    assert "cuda_graph_tc_compiler" in older - newer
+
+
+def test_a_flag_that_the_installed_version_lacks_is_not_asked_for(monkeypatch):
+    monkeypatch.setattr(support_matrix, "known_fields", lambda: frozenset({"skip_tokenizer_init"}))
+    asked = []
+    assert support_matrix.refusals(asked.append, {}) == []
+    assert asked == ["skip_tokenizer_init"]
+
+
 def test_defaults_are_not_refused(defaults):
     assert refusals(defaults) == []
 
