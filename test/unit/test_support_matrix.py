@@ -50,7 +50,7 @@ def test_the_tables_name_only_existing_flags_by_their_real_spelling(server_args_
     parser = argparse.ArgumentParser()
     server_args_class.add_cli_args(parser)
     spellings = {spelling for action in parser._actions for spelling in action.option_strings}
-    internal = {"forward_pass_metrics_ipc_name"}
+    internal = {"forward_pass_metrics_ipc_name", "enable_cp_tp_group_sharing"}
     assert {support_matrix.option(field) for field in fields - internal} <= spellings
 
 

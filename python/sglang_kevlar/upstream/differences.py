@@ -13,8 +13,8 @@ from sglang_kevlar.upstream.contract import installed_version
 if TYPE_CHECKING:
     import torch
 
-#: Whether a request and a match carry the slots of their prefix, or only its length. An unknown version has no entry, and
-#: is not taken for its neighbour.
+#: Whether a request and a match carry the slots of their prefix, or only its length. An unknown version has no entry,
+#: and is not taken for its neighbour.
 CARRIES_PREFIX_SLOTS = {"0.5.21": True, "0.5.23": False}
 _CARRIES_PREFIX_SLOTS = CARRIES_PREFIX_SLOTS[installed_version()]
 
