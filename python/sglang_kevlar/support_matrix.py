@@ -1,4 +1,4 @@
-"""Every flag of the pinned SGLang version is refused by name, served with a remark, or passed through.
+"""Every flag of the supported SGLang versions is refused by name, served with a remark, or passed through.
 
 ``python -m sglang_kevlar.support_matrix --update docs/limits.md`` writes its table; ``--markdown`` prints it.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_kevlar.support_table import REFUSED, REFUSED_ENVIRONMENT, REMARKS
-from sglang_kevlar.upstream.contract import SUPPORTED
+from sglang_kevlar.upstream.contract import SUPPORTED, base_of, installed_version
 
 #: fields whose option is not their name
 _OPTIONS = {"ep_join_mode": "--elastic-ep-join-mode", "ep_join_rank_offset": "--elastic-ep-join-rank-offset"}
@@ -21,11 +21,20 @@ _OFF = ("", "0", "false", "no", "off")
 
 
 @cache
-def known_fields(version: str = SUPPORTED[0]) -> frozenset[str]:
-    """Names of all ServerArgs fields of ``version``, from our own list."""
+def fields_of(version: str) -> frozenset[str]:
+    """Names of all ServerArgs fields of ``version``, from our own list, which may be a difference to another's."""
     name = f"flags_{version.replace('.', '_')}.txt"
     lines = resources.files("sglang_kevlar.upstream").joinpath(name).read_text().splitlines()
-    return frozenset(line for line in lines if line and not line.startswith("#"))
+    names = [line for line in lines if line and not line.startswith("#")]
+    if (base := base_of(version)) is None:
+        return frozenset(names)
+    added, removed = ({name[1:] for name in names if name[0] == sign} for sign in "+-")
+    return (fields_of(base) - removed) | added
+
+
+def known_fields() -> frozenset[str]:
+    """Those of the installed version."""
+    return fields_of(installed_version())
 
 
 #: what a group on several hosts joins with, in the values of one that is on one host
@@ -46,6 +55,8 @@ def refusals(value_of: Callable[[str], Any], environment: Mapping[str, str]) -> 
     """A message for each flag and environment variable that is not served. ``value_of``: ServerArgs field to value."""
     found = []
     for row in REFUSED:
+        if row.field not in known_fields():
+            continue
         value = value_of(row.field)
         if row.applies(value):
             shown = option(row.field) if value is True else f"{option(row.field)} {value}"
@@ -68,14 +79,20 @@ def model_refusals(model_config: Any) -> list[str]:
 def markdown() -> str:
     """The generated part of ``docs/limits.md``."""
     lines = ["| Refused | When | Why |", "| --- | --- | --- |"]
-    lines += [f"| `{option(row.field)}` | {row.when} | {_sentence(row.reason)} |" for row in REFUSED]
+    lines += [f"| {_named(row.field)} | {row.when} | {_sentence(row.reason)} |" for row in REFUSED]
     lines += [f"| `{name}` (environment) | set | {_sentence(why)} |" for name, why in REFUSED_ENVIRONMENT.items()]
     lines += ["", "| Served | Remark |", "| --- | --- |"]
-    lines += [f"| `{option(field)}` | {remark} |" for field, remark in sorted(REMARKS.items())]
+    lines += [f"| {_named(field)} | {remark} |" for field, remark in sorted(REMARKS.items())]
     named = {row.field for row in REFUSED} | REMARKS.keys()
-    rest = len(known_fields() - named)
-    lines += ["", f"The other {rest} arguments of SGLang {SUPPORTED[0]} pass through with their meaning."]
+    rests = " and ".join(f"{len(fields_of(version) - named)} of SGLang {version}" for version in SUPPORTED)
+    lines += ["", f"The other arguments ({rests}) pass through with their meaning."]
     return "\n".join(lines) + "\n"
+
+
+def _named(field: str) -> str:
+    """As it is shown in the tables: with the versions that have it, if that is not all of them."""
+    having = [version for version in SUPPORTED if field in fields_of(version)]
+    return f"`{option(field)}`" + ("" if len(having) == len(SUPPORTED) else f" ({', '.join(having)})")
 
 
 #: the generated part of docs/limits.md stands between these

@@ -1,6 +1,7 @@
 """The support matrix of SGLang's flags: what is refused and why, and what is served with a remark.
 
-Every other flag of the pinned version (``upstream/flags_0_5_21.txt``) passes through with its meaning.
+Every other flag of a supported version (``upstream/flags_...txt``) passes through with its meaning. A row
+for a flag that the installed version does not have is for another one.
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ _CONTEXT_PARALLEL = "the KV of one request is spread over ranks; not tested thro
 _MEMORY_SAVER = "a restarted group would come back with its memory occupied, unlike the others"
 _PORT = "every group would bind the same port"
 _SIDE_OUTPUT = "what was computed for tokens before a failover would be missing or doubled in the answer"
+_MEGAKERNEL = "experimental in SGLang, and takes some steps away from the forward pass we resume by; not tested"
+_WATERMARK = "the mark depends on the tokens before; that a continued answer goes on with it is not tested"
 _SESSION = "a session lives in one scheduler and dies with it"
 _CACHE_BACKEND = "an external cache that several groups and their restarts share is not tested"
 _DEBUG_FILES = "all groups would write the same files; debug with --stock"
@@ -57,12 +60,14 @@ _DEBUG_FILES = "all groups would write the same files; debug with --stock"
 REFUSED: tuple[Refused, ...] = (
     _above("dp_size", 1, _REPLICAS),
     Refused("enable_dp_attention", "set", bool, "data-parallel attention needs --dp-size; " + _REPLICAS),
+    _above("attn_dp_size", 1, "data-parallel attention has a scheduler for each of its parts; " + _REPLICAS),
     _above("nnodes", 1, _JOINS),
     _above("node_rank", 0, _JOINS),
     _set("dist_init_addr", "every start of every group has a rendezvous of its own; " + _JOINS),
     _set("nccl_port", "every start of every group picks a free port of its own"),
     _set("gated_launch_port", _PORT),
     _above("tokenizer_worker_num", 1, "the journal is in one frontend process"),
+    _set("enable_http_worker_reuseport", "it is for several tokenizer workers; the journal is in one frontend process"),
     _above("detokenizer_worker_num", 1, "a worker group has one detokenizer; use more groups"),
     _set("skip_tokenizer_init", "the journal reads what the detokenizer sends"),
     _set("smg_grpc_mode", _GRPC),
@@ -81,6 +86,7 @@ REFUSED: tuple[Refused, ...] = (
     _set("enable_adaptive_dispatch_to_encoder", _ENCODER),
     _set("enable_multimodal", "images, video and audio reach a scheduler in shared memory that is read once"),
     _other_than("moe_a2a_backend", ("none", None), "not tested through the death of a rank"),
+    _set("enable_megamoe_for_layernorm_sp", "not tested through the death of a rank"),
     _set("enable_eplb", "experts that move between ranks while serving are not tested"),
     _set("elastic_ep_backend", _ELASTIC),
     _set("enable_elastic_expert_backup", _ELASTIC),
@@ -89,16 +95,23 @@ REFUSED: tuple[Refused, ...] = (
     _above("attn_cp_size", 1, _CONTEXT_PARALLEL),
     _above("dcp_size", 1, _CONTEXT_PARALLEL),
     _set("enable_prefill_cp", _CONTEXT_PARALLEL),
+    _set("enable_cp_tp_group_sharing", _CONTEXT_PARALLEL),
+    _set("enable_kv_cache_sharding", _CONTEXT_PARALLEL),
     _above("moe_dp_size", 1, "not tested through a failover"),
     _above("dwdp_size", 1, "not tested through a failover"),
     _set("speculative_algorithm", "resuming a request between draft and verification is not tested"),
     _other_than("decoupled_spec_role", ("null", None), "speculative decoding is not served"),
     _set("dllm_algorithm", "a diffusion model does not append tokens, so delivered ones cannot be continued from"),
     _set("enable_hisparse", "its host-side KV is not rebuilt by a resume"),
+    _set("enable_nvidia_megakernel", _MEGAKERNEL),
+    _set("enable_amd_monokernel", _MEGAKERNEL),
+    _set("enable_watermark", _WATERMARK),
+    _set("watermark_config", _WATERMARK),
     _set("enable_streaming_session", _SESSION),
     _set("enable_session_radix_cache", _SESSION),
     _set("enable_return_hidden_states", _SIDE_OUTPUT),
     _set("return_hidden_states_mode", _SIDE_OUTPUT),
+    _set("enable_return_aux_hidden_states", _SIDE_OUTPUT),
     _set("enable_return_routed_experts", _SIDE_OUTPUT),
     _set("enable_return_indexer_topk", _SIDE_OUTPUT),
     _set("enable_memory_saver", _MEMORY_SAVER),
@@ -127,6 +140,7 @@ REFUSED: tuple[Refused, ...] = (
 #: Environment variables that select what the flags above refuse.
 REFUSED_ENVIRONMENT: dict[str, str] = {
     "SGLANG_RUST_SERVER": "the Rust server answers clients from inside a scheduler and dies with it",
+    "DUMPER_SERVER_PORT": "whoever reaches the port can run code in a rank (CVE-2026-111391); debug with --stock",
     "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE": "every start of every group has a rendezvous of its own",
 }
 
@@ -158,6 +172,7 @@ REMARKS: dict[str, str] = {
     "max_total_tokens": "For each group.",
     "mem_fraction_static": "For each group, of its devices.",
     "cpu_offload_gb": "For each group.",
+    "enable_paged_experts": "The experts that are paged lie in pinned host memory of each group. Not tested.",
     "hicache_size": "For each group.",
     "hicache_ratio": "For each group.",
     "hicache_host_memory_fraction": "Each group takes this fraction of what is available when it starts: "

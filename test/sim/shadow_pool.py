@@ -152,11 +152,21 @@ class Tree:
     def collect_full_device_indices(self, node: list[Node], root: None) -> torch.Tensor:
         return torch.tensor([slot for each in node for slot in each.slots], dtype=torch.int64)
 
+    def path_device_indices(self, last: Node | None) -> torch.Tensor:
+        path = []
+        while last is not None:
+            path.append(last)
+            last = last.parent
+        return self.collect_full_device_indices(path[::-1], None)
+
     def match_prefix(self, params: Any) -> Any:
         found = self.match(params.key.token_ids, (params.key.extra_key, params.key.cache_salt))
         last = found[-1] if found else None
         slots = self.collect_full_device_indices(found, None)
-        return SimpleNamespace(device_indices=slots, last_device_node=last, host_hit_length=0)
+        # What holds the slots depends on the version.
+        return SimpleNamespace(
+            device_indices=slots, device_prefix_len=len(slots), last_device_node=last, host_hit_length=0
+        )
 
     def inc_lock_ref(self, node: Node | None) -> Any:
         self.lock(node, 1)

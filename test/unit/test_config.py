@@ -11,7 +11,8 @@ import pytest
 
 from sglang_kevlar import config
 from sglang_kevlar.protocol.launch import KevlarArgs
-from sglang_kevlar.support_matrix import known_fields
+from sglang_kevlar.support_matrix import fields_of
+from sglang_kevlar.upstream.contract import SUPPORTED
 
 
 def test_flags_of_sglang_pass_through_in_order_and_ours_are_taken_out():
@@ -54,7 +55,8 @@ def test_nothing_behind_a_double_dash_is_ours():
 
 
 def test_no_flag_of_ours_has_the_name_of_one_of_sglang():
-    assert not set(KevlarArgs.__struct_fields__) & known_fields()
+    for version in SUPPORTED:
+        assert not set(KevlarArgs.__struct_fields__) & fields_of(version)
 
 
 def test_every_setting_has_a_flag_with_help_and_survives_json():

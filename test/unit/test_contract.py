@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 
 from sglang_kevlar.platform import torchvision_shim
-from sglang_kevlar.upstream import contract
+from sglang_kevlar.upstream import contract, differences
 from sglang_kevlar.upstream.contract import InstalledSource, Seam, UpstreamMismatch, judge
 from sglang_kevlar.upstream.source_tree import SourceTree
 
 torchvision_shim.install()
 
 PACKAGE = Path(__file__).parents[2] / "python" / "sglang_kevlar"
-SEAMS = contract.declarations(contract.SUPPORTED[0])
+SEAMS = contract.declarations(contract.installed_version())
 
 MOVED = textwrap.dedent(
     """
@@ -127,11 +127,47 @@ def test_a_mismatch_stops_with_every_finding(monkeypatch):
     contract.check("frontend")  # nothing of it is this role's
 
 
-@pytest.mark.parametrize("found", ["0.5.20", "0.6.0", "0.5.21.post1"])
+@pytest.mark.parametrize("found", ["0.5.20", "0.5.22", "0.6.0", "0.5.21.post1"])
 def test_another_version_is_refused_by_name(monkeypatch, found):
     monkeypatch.setattr(contract, "version", lambda name: found)
     with pytest.raises(UpstreamMismatch, match=f"SGLang {found} is installed"):
         contract.check("rank")
+
+
+SEAM = Seam(target="sglang.a:B", roles=("rank",), fields=("old", "kept"))
+CALLED = Seam(target="sglang.a:B.call", roles=("rank",), signature=("self",))
+
+
+def test_a_version_is_declared_by_what_differs():
+    revised = contract.revised(
+        (SEAM, CALLED),
+        signatures={"sglang.a:B.call": "self more"},
+        fields={"sglang.a:B": {"old": "new"}},
+        added=(Seam(target="sglang.a:C", roles=("cpu",)),),
+    )
+    assert [(seam.target, seam.fields, seam.signature) for seam in revised] == [
+        ("sglang.a:B", ("new", "kept"), None),
+        ("sglang.a:B.call", (), ("self", "more")),
+        ("sglang.a:C", (), None),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("signatures", "fields"),
+    [
+        ({"sglang.a:B": "self"}, {}),  # declared, but not by its parameters
+        ({"sglang.a:Gone": "self"}, {}),
+        ({}, {"sglang.a:B": {"gone": "new"}}),
+    ],
+)
+def test_a_difference_to_nothing_is_an_error(signatures, fields):
+    with pytest.raises(ValueError, match=r"not declared: sglang\.a:"):
+        contract.revised((SEAM, CALLED), signatures=signatures, fields=fields)
+
+
+def test_every_supported_version_is_declared_and_has_its_differences():
+    assert all(contract.declarations(version) for version in contract.SUPPORTED)
+    assert differences.CARRIES_PREFIX_SLOTS.keys() == set(contract.SUPPORTED)
 
 
 def imports_of_sglang():

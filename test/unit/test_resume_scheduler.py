@@ -181,7 +181,7 @@ def batch(requests: int, extend_tokens: int = 0) -> Any:
 
 def test_a_request_is_announced_before_it_runs_for_the_first_time(scheduler: Any, beats: Beats) -> None:
     """What kills a group must have been named before; a request that only waits is not named."""
-    resumed = SimpleNamespace(rid="b", kevlar_resumed_context=30, prefix_indices=range(12))
+    resumed = SimpleNamespace(rid="b", kevlar_resumed_context=30, prefix_indices=range(12), prefix_len=12)
     prefill = batch(0, extend_tokens=4)
     prefill.reqs = [SimpleNamespace(rid="a"), resumed]
     scheduler.run_batch(prefill)

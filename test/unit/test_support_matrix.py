@@ -10,6 +10,7 @@ import pytest
 from sglang_kevlar import support_matrix
 from sglang_kevlar.platform import torchvision_shim
 from sglang_kevlar.support_table import REFUSED, REFUSED_ENVIRONMENT, REMARKS
+from sglang_kevlar.upstream.contract import SUPPORTED
 
 LIMITS = Path(__file__).parents[2] / "docs" / "limits.md"
 
@@ -43,13 +44,27 @@ def test_an_unknown_flag_is_named():
 def test_the_tables_name_only_existing_flags_by_their_real_spelling(server_args_class):
     import argparse
 
-    fields = {row.field for row in REFUSED} | REMARKS.keys()
-    assert fields <= support_matrix.known_fields()
+    named = {row.field for row in REFUSED} | REMARKS.keys()
+    assert named <= set().union(*map(support_matrix.fields_of, SUPPORTED))
+    fields = named & support_matrix.known_fields()
     parser = argparse.ArgumentParser()
     server_args_class.add_cli_args(parser)
     spellings = {spelling for action in parser._actions for spelling in action.option_strings}
-    internal = {"forward_pass_metrics_ipc_name"}
+    internal = {"forward_pass_metrics_ipc_name", "enable_cp_tp_group_sharing"}
     assert {support_matrix.option(field) for field in fields - internal} <= spellings
+
+
+def test_a_list_that_is_a_difference_differs_in_what_it_says():
+    older, newer = (support_matrix.fields_of(version) for version in ("0.5.21", "0.5.23"))
+    assert {"attn_dp_size", "enable_watermark"} <= newer - older
+    assert "cuda_graph_tc_compiler" in older - newer
+
+
+def test_a_flag_that_the_installed_version_lacks_is_not_asked_for(monkeypatch):
+    monkeypatch.setattr(support_matrix, "known_fields", lambda: frozenset({"skip_tokenizer_init"}))
+    asked = []
+    assert support_matrix.refusals(asked.append, {}) == []
+    assert asked == ["skip_tokenizer_init"]
 
 
 def test_defaults_are_not_refused(defaults):

@@ -33,7 +33,7 @@ class StubManager:
     def __init__(self) -> None:
         self.fail_after: int | None = None
         self.config: dict[str, Any] = {}
-        self.tokenizer = MagicMock()
+        self.tokenizer = MagicMock(is_fast=False)
         self.tokenizer.encode.return_value = [1, 2]
         self.tokenizer.apply_chat_template.return_value = [1, 2]
         self.tokenizer.chat_template = None

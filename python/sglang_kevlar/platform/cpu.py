@@ -84,6 +84,12 @@ class TorchCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]  # my
     def get_default_attention_backend(self) -> str:
         return _ATTENTION
 
+    def get_kv_pool_cls(self, *, kind: str) -> Any:
+        """Instead of the next two from 0.5.22 on, and for all kinds whatever the model is. None: upstream's own."""
+        from sglang_kevlar.platform.mla_attention import NoSparsePool
+
+        return NoSparsePool if kind == "dsa" else None
+
     def get_mha_kv_pool_cls(self) -> Any:
         from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 

@@ -11,11 +11,21 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
+from sglang.srt.mem_cache.memory_pool import DSATokenToKVPool, MLATokenToKVPool
 from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import AttnForwardMethod
 
 #: positions in a block of queries: the scores have a row for each head of each, and a column for each token before
 QUERIES = 64
+
+
+_NO_SPARSE = "sparse attention (DSA) is not served on CPU"
+
+
+class NoSparsePool(DSATokenToKVPool):  # type: ignore[misc]  # mypy does not follow sglang
+    """Stands where upstream wants a class for sparse attention's pool, and refuses to be one."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError(_NO_SPARSE)
 
 
 def build_pool(*args: Any, index_head_dim: int | None = None, **kwargs: Any) -> MLATokenToKVPool:
@@ -27,7 +37,7 @@ def build_pool(*args: Any, index_head_dim: int | None = None, **kwargs: Any) -> 
         NotImplementedError: the model has sparse attention.
     """
     if index_head_dim is not None:
-        raise NotImplementedError("sparse attention (DSA) is not served on CPU")
+        raise NotImplementedError(_NO_SPARSE)
     return MLATokenToKVPool(*args, **kwargs)
 
 

@@ -61,6 +61,7 @@ def make_restricted(original: Callable[..., Any]) -> Callable[..., Any]:
         positions: torch.Tensor,
         *,
         return_filtered_probs: bool = False,
+        **more: Any,
     ) -> Any:
         if sampling_seed is None:
             return original(
@@ -72,6 +73,7 @@ def make_restricted(original: Callable[..., Any]) -> Callable[..., Any]:
                 None,
                 positions,
                 return_filtered_probs=return_filtered_probs,
+                **more,
             )
         ranked, token_ids = filtered_weights(probs, top_ks, top_ps, min_ps if need_min_p_sampling else None)
         weights = torch.zeros_like(probs).scatter_(1, token_ids, ranked)

@@ -14,6 +14,7 @@ from sglang_kevlar.shadow.lookup import PromoteReq
 from sglang_kevlar.shadow.pool import PoolRows
 from sglang_kevlar.shadow.shelf import SharedStore
 from sglang_kevlar.shadow.store import ShadowStore
+from sglang_kevlar.upstream.differences import matched_slots
 
 #: bytes written to the pool in one go
 WRITE_BYTES = 64 << 20
@@ -73,7 +74,8 @@ class Promoter:
 
     def _promote(self, promote: PromoteReq) -> None:
         match = self._tree.match_prefix(MatchPrefixParams(key=promote.key))
-        have = len(match.device_indices)
+        matched = matched_slots(self._tree, match)
+        have = len(matched)
         wanted = len(promote.tokens) - have
         # Room for an earlier promotion of this step may have cost what was there before ``first``. A prefix that a
         # host tier has is loaded by that.
@@ -87,7 +89,7 @@ class Promoter:
             if slots is None:
                 return  # the group's own requests need the room
             self._write(promote, have, slots)
-            value = torch.cat([match.device_indices.to(slots.dtype), slots])
+            value = torch.cat([matched.to(slots.dtype), slots])
             self._tree.insert(InsertParams(key=promote.key, value=value, prev_prefix_len=have))
             self._counters.promoted_tokens += wanted
             self._counters.promoted_ahead_tokens += wanted if promote.ahead else 0

@@ -1,15 +1,15 @@
 """What we rely on in SGLang, checked when a process starts.
 
-The declarations are in one module per upstream version (``v0_5_21``). The same declarations are judged twice: here
-against the installed, imported package, and by ``scripts/check_upstream.py`` against the source of any wheel.
-A mismatch stops the start with the name of what moved.
+The declarations are in one module per upstream version (``v0_5_21``; ``v0_5_23`` is a difference to it). The same
+declarations are judged twice: here against the installed, imported package, and by ``scripts/check_upstream.py``
+against the source of any wheel. A mismatch stops the start with the name of what moved.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from types import FunctionType, ModuleType
 from typing import Any, Literal, Protocol
@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol
 import msgspec
 
 #: exact versions with a module of declarations
-SUPPORTED = ("0.5.21",)
+SUPPORTED = ("0.5.21", "0.5.23")
 
 #: ``prepare`` resolves the flags, ``gateway`` stands for frontends of other hosts, ``cpu`` is the CPU platform. A seam
 #: is checked only in processes that use it.
@@ -79,6 +79,38 @@ def declarations(upstream_version: str) -> tuple[Seam, ...]:
 def declared_patches(upstream_version: str) -> tuple[str, ...]:
     """File names of the patches one supported version needs."""
     return _declared(upstream_version).PATCHES
+
+
+def base_of(upstream_version: str) -> str | None:
+    """The version that the declarations of this one are a difference to."""
+    base: str | None = getattr(_declared(upstream_version), "BASE", None)
+    return base
+
+
+def revised(
+    seams: Iterable[Seam],
+    *,
+    signatures: Mapping[str, str],
+    fields: Mapping[str, Mapping[str, str]],
+    added: Iterable[Seam] = (),
+) -> tuple[Seam, ...]:
+    """``seams`` with other signatures, and with fields renamed, by target. One that meets nothing is an error."""
+    met: set[str] = set()
+    result = []
+    for seam in seams:
+        renames = fields.get(seam.target, {})
+        if seam.signature is not None and seam.target in signatures:
+            met.add(seam.target)
+            seam = msgspec.structs.replace(seam, signature=tuple(signatures[seam.target].split()))
+        if changed := renames.keys() & set(seam.fields):
+            met |= {f"{seam.target}.{name}" for name in changed}
+            names = dict.fromkeys(renames.get(name, name) for name in seam.fields)
+            seam = msgspec.structs.replace(seam, fields=tuple(names))
+        result.append(seam)
+    wanted = signatures.keys() | {f"{target}.{name}" for target, renames in fields.items() for name in renames}
+    if idle := sorted(wanted - met):
+        raise ValueError(f"differences to seams that are not declared: {', '.join(idle)}")
+    return (*result, *added)
 
 
 def _declared(upstream_version: str) -> ModuleType:

@@ -534,6 +534,7 @@ _CPU_SEAMS = (
     _seam("srt.arg_groups.choices:DETERMINISTIC_ATTENTION_BACKEND_CHOICES", _CPU),
     _seam("srt.arg_groups.choices:RADIX_SUPPORTED_DETERMINISTIC_ATTENTION_BACKEND", _CPU),
     _seam("srt.mem_cache.memory_pool:MHATokenToKVPool", _CPU),
+    _seam("srt.mem_cache.memory_pool:DSATokenToKVPool", _CPU),
     _seam(
         "srt.mem_cache.memory_pool:MLATokenToKVPool",
         _CPU,

@@ -95,9 +95,9 @@ def obedient(scheduler_class: type[KevlarScheduler], orders: OrderTaker) -> type
     """The scheduler, whose loop obeys."""
 
     class ObedientScheduler(scheduler_class):  # type: ignore[valid-type, misc]
-        def ingest_requests(self) -> list[Any]:
+        def ingest_requests(self, *args: Any, **kwargs: Any) -> list[Any]:
             orders.obey()
-            received: list[Any] = super().ingest_requests()
+            received: list[Any] = super().ingest_requests(*args, **kwargs)
             return received
 
     return ObedientScheduler

@@ -32,6 +32,7 @@ from sglang_kevlar.protocol.resume import MOVED
 from sglang_kevlar.shadow.lookup import PromoteReq
 from sglang_kevlar.shadow.promote import Promoter
 from sglang_kevlar.shadow.rank import RankShadow
+from sglang_kevlar.upstream.differences import cached_prefix
 from sglang_kevlar.worker.forced_decode import ForcedDecode, ForcedOutputStreamer, first_forced
 from sglang_kevlar.worker.penalties import count_inputs
 from sglang_kevlar.worker.resume import (
@@ -191,7 +192,7 @@ class KevlarScheduler(Scheduler):  # type: ignore[misc]
             if "kevlar_started" not in req.__dict__:
                 req.kevlar_started = True
                 context = req.__dict__.pop("kevlar_resumed_context", None)
-                recomputed = 0 if context is None else context - len(req.prefix_indices)
+                recomputed = 0 if context is None else context - cached_prefix(req)
                 report = StartedReqOutput(rid=req.rid, recomputed_tokens=recomputed)
                 self.ipc_channels.send_to_tokenizer.send_output(report, req)
                 if self.shadow is not None:
@@ -295,10 +296,10 @@ class KevlarScheduler(Scheduler):  # type: ignore[misc]
     # A later stage of a pipeline waits for the one before it, which may be busy with a batch or a control request that
     # this one knows nothing of. The first stage waits for the last: its deadline is for all of them.
 
-    def ingest_requests(self) -> list[Any]:
+    def ingest_requests(self, *args: Any, **kwargs: Any) -> list[Any]:
         if self._later_stage and self.heartbeat is not None:
             self.heartbeat.wait()
-        received: list[Any] = super().ingest_requests()
+        received: list[Any] = super().ingest_requests(*args, **kwargs)
         return received
 
     def _pp_recv_proxy_tensors(self) -> Any:
