@@ -47,12 +47,16 @@ class Source:
     def serves(self) -> bool:
         return "ready" in self.states
 
-    async def drain_group(self, group: int) -> None:
+    async def drain_group(self, group: int, deadline: float) -> None:
         if group >= len(self.states):
             raise UnknownGroup
         if group != 0:
             raise GroupStateConflict(f"worker group {group} is down")
         self.actions.append(("drain", group))
+        self.deadline = deadline
+
+    async def undrain_group(self, group: int) -> None:
+        self.actions.append(("undrain", group))
 
     async def restart_group(self, group: int) -> None:
         self.actions.append(("restart", group))
