@@ -74,6 +74,7 @@ class AdminPort:
         app.user_middleware.insert(0, Middleware(AdminGate))
         config = uvicorn.Config(
             self._marked,
+            interface="asgi3",
             lifespan="off",
             log_level=server_args.log_level_http or server_args.log_level,
             ssl_keyfile=server_args.ssl_keyfile,
