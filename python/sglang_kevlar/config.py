@@ -118,6 +118,10 @@ def _usable_lease(value: float) -> str | None:
     return None if 0.5 <= value <= 600 else f"must be between 0.5 and 600 seconds, got {value}"
 
 
+def _admin_host(value: str) -> str | None:
+    return None if value else "must not be empty; 0.0.0.0 is all addresses"
+
+
 def _not_empty(value: str | None) -> str | None:
     return "must not be empty" if value == "" else None
 
@@ -220,11 +224,23 @@ _FLAGS: dict[str, _Flag] = {
         "shadow.",
         lambda _: None,
     ),
+    "admin_port": _Flag(
+        "Port for /kevlar/ (the page, status, maintenance) and /metrics, which are then not answered on --port. "
+        "0: there.",
+        lambda value: None if 0 <= value < 65536 else f"must be 0 to 65535, got {value}",
+        "PORT",
+    ),
+    "admin_host": _Flag("Address at which --admin-port listens.", _admin_host, "ADDRESS"),
     "listen": _Flag(
         "Where worker groups of other hosts join (python -m sglang_kevlar.launch_worker_group --join). Without a "
         "cluster key only a loopback address.",
         usable_address,
         "HOST:PORT",
+    ),
+    "allow_version_skew": _Flag(
+        "Take worker groups of another version of SGLang-Kevlar, to upgrade one after the other. KV never goes from "
+        "one version to the other; requests that are moved between them are computed again from their tokens.",
+        lambda _: None,
     ),
     "lease": _Flag("Silence of a joined group's host, in seconds, after which it is lost.", _usable_lease),
     "cluster_key_file": _Flag(

@@ -45,19 +45,26 @@ class Cluster:
         host: Host | None = None,
         log: str | None = None,
         apart: bool = False,
+        env: dict[str, str] | None = None,
     ) -> Joined:
         """``apart``: with shared memory of its own, as another host has."""
         command = ["--join", frontends or self.address, "--name", name, *self._key, *flags]
         if host is not None:
             command += ["--host-label", host.name, "--advertise", host.address]
-        return Joined(name, command, self.directory / f"{log or name}.log", host, APART if apart else ())
+        return Joined(name, command, self.directory / f"{log or name}.log", host, APART if apart else (), env)
 
 
 class Joined:
     """One `python -m sglang_kevlar.launch_worker_group`."""
 
     def __init__(
-        self, name: str, flags: list[str], log: Path, host: Host | None = None, within: Sequence[str] = ()
+        self,
+        name: str,
+        flags: list[str],
+        log: Path,
+        host: Host | None = None,
+        within: Sequence[str] = (),
+        env: dict[str, str] | None = None,
     ) -> None:
         self.name = name
         self.log = log
@@ -66,7 +73,7 @@ class Joined:
             [*within, sys.executable, "-m", "sglang_kevlar.launch_worker_group", *flags],
             stdout=self._output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
             start_new_session=True,
         )
 

@@ -48,6 +48,9 @@ class Server:
         #: in which it can be asked
         self.network = contextlib.nullcontext if host is None else host.network
         self.url = f"http://127.0.0.1:{self.port}"
+        #: where the operator asks
+        admin_port = flags[flags.index("--admin-port") + 1] if "--admin-port" in flags else self.port
+        self.admin_url = f"http://127.0.0.1:{admin_port}"
         self.groups = groups
         self.log = log
         command = [sys.executable, "-m", "sglang_kevlar.launch_server", "--model-path", str(model)]
@@ -69,7 +72,8 @@ class Server:
             return httpx.get(self.url + path, timeout=timeout)
 
     def status(self) -> dict[str, Any]:
-        return self.get("/kevlar/status").json()
+        with self.network():
+            return httpx.get(f"{self.admin_url}/kevlar/status", timeout=10).json()
 
     def group(self, group: int) -> dict[str, Any]:
         return self.status()["groups"][group]

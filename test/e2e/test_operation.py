@@ -69,6 +69,34 @@ def test_planned_restart_moves_live_requests(server: Server) -> None:
     assert post(server, "/kevlar/groups/7/restart").status_code == 404
 
 
+def ctl(server: Server, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "sglang_kevlar.ctl", words[0], "--url", server.url, *words[1:]]
+    return subprocess.run(command, capture_output=True, text=True, timeout=180)
+
+
+@pytest.mark.timeout(600)
+def test_a_drain_moves_live_requests_and_is_taken_back(server: Server) -> None:
+    """By the command line, which waits until the group is empty: what it ran goes on exactly in the other."""
+    server.wait_ready()
+    expected = CASE.run(server.url)
+    epochs = [group["epoch"] for group in server.status()["groups"]]
+    with ThreadPoolExecutor(6) as pool:
+        running = [pool.submit(CASE.run, server.url) for _ in range(6)]
+        group = server.serving_group()
+        drained = ctl(server, "drain", str(group), "--grace", "0")
+        assert drained.returncode == 0, drained.stderr
+        assert server.group(group)["running"] == 0
+        answers = [one.result() for one in running]
+    assert [expected.difference(answer) for answer in answers] == [None] * 6
+    status = ctl(server, "status")
+    assert "draining" in status.stdout and status.returncode == 0
+    assert ctl(server, "undrain", str(group)).returncode == 0
+    assert [g["state"] for g in server.status()["groups"]] == ["ready"] * 2
+    assert [g["epoch"] for g in server.status()["groups"]] == epochs, "it was started anew"
+    assert ctl(server, "drain", "7").returncode == 1
+    assert "drained by an operator" in ctl(server, "failovers").stdout or not any(a.redirects for a in answers)
+
+
 @pytest.mark.timeout(600)
 def test_a_drained_group_gets_nothing_new(server: Server) -> None:
     server.wait_ready()

@@ -270,6 +270,12 @@ class Sim(Host):
             known = self.membership.group(group.id)
             known.draining = not known.draining
             self.failover.route()
+        if self.membership.group(group.id).draining and strike("planned move", 0.1, group):
+            self.failover._spawn(self.move_away(group.id))
+
+    async def move_away(self, group: int) -> None:
+        moved, _ = await self.failover.move_away(group)
+        self.faults.counts["moved by the operator"] += moved
 
     def strike(self, kind: str, probability: float, group: SimGroup | None = None) -> bool:
         struck = self.faults.strike(kind, probability)

@@ -99,6 +99,21 @@ def test_another_version_is_refused_by_name() -> None:
     assert "version 1 of the cluster's protocol, the group 2" in refused.reason and refused.retry_s is None
 
 
+def test_a_group_of_another_version_gets_in_only_where_the_operator_allows_it_and_only_by_that() -> None:
+    assert (
+        "version: '0.1.0' here, '0.2.0' there" in refusal(table().on_message(b"A", join(version="0.2.0"), 0.0)).reason
+    )
+    upgrading = Sessions("f", SAME, LEASE, identity=Identity(name="f", host="h", instance="i"), version_skew=True)
+    refused = refusal(upgrading.on_message(b"A", join(version="0.2.0", dtype="bfloat16", upstream="0.6"), 0.0))
+    assert "dtype" in refused.reason and "upstream" in refused.reason and "'0.2.0'" not in refused.reason
+    (entered,) = of(Joined, upgrading.on_message(b"A", join(version="0.2.0"), 0.0))
+    assert entered.version == "0.2.0"
+    other = msgspec.structs.replace(
+        join("f-1", version="0.2.0"), identity=Identity(kind="frontend", name="g", host="h", instance="j")
+    )
+    assert "'0.2.0'" in refusal(upgrading.on_message(b"B", other, 0.0)).reason, "frontends must be of one version"
+
+
 def test_a_name_is_taken_as_long_as_its_session_lives() -> None:
     sessions = joined()
     refused = refusal(sessions.on_message(b"B", join("j-1", instance="j"), 0.0))

@@ -167,14 +167,14 @@ def test_a_port_in_use_is_found_before_anything_starts():
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(prepare.LaunchRefused, match=f"--host 127.0.0.1 --port {port}"):
-            prepare._check_port("127.0.0.1", port)
-    prepare._check_port("127.0.0.1", port)
+            prepare._check_port("127.0.0.1", port, "--host", "--port")
+    prepare._check_port("127.0.0.1", port, "--host", "--port")
 
 
 @pytest.mark.parametrize("port", [-1, 65536, 70000])
 def test_a_port_that_cannot_be(port):
     with pytest.raises(prepare.LaunchRefused, match=f"--port {port}"):
-        prepare._check_port("127.0.0.1", port)
+        prepare._check_port("127.0.0.1", port, "--host", "--port")
 
 
 def test_an_address_for_others_needs_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

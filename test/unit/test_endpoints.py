@@ -40,6 +40,7 @@ class Source:
         self.answers: dict[int, bool] | BaseException | None = {0: True}
         self.probes = 0
         self.actions: list[tuple[str, int]] = []
+        self.deadline: float | None = None
 
     def kevlar_status(self) -> dict[str, Any]:
         return {"groups": [{"id": i, "state": state} for i, state in enumerate(self.states)], "failovers": []}
@@ -47,12 +48,16 @@ class Source:
     def serves(self) -> bool:
         return "ready" in self.states
 
-    async def drain_group(self, group: int) -> None:
+    async def drain_group(self, group: int, deadline: float) -> None:
         if group >= len(self.states):
             raise UnknownGroup
         if group != 0:
             raise GroupStateConflict(f"worker group {group} is down")
         self.actions.append(("drain", group))
+        self.deadline = deadline
+
+    async def undrain_group(self, group: int) -> None:
+        self.actions.append(("undrain", group))
 
     async def restart_group(self, group: int) -> None:
         self.actions.append(("restart", group))
@@ -214,6 +219,20 @@ def test_drain_and_restart() -> None:
     assert "'7'" in unknown.json()["error"]["message"] and "'x'" in malformed.json()["error"]["message"]
 
 
+def test_the_deadline_of_a_drain_and_its_end() -> None:
+    source = Source()
+    app = serve(source)
+    assert call(app, ("POST", "/kevlar/groups/0/drain"))[0].status_code == 202
+    assert source.deadline == 60.0
+    assert call(app, ("POST", "/kevlar/groups/0/drain?deadline=2.5"))[0].status_code == 202
+    assert source.deadline == 2.5
+    for bad in ("-1", "x", "nan", "inf", "1e9", ""):
+        response = call(app, ("POST", f"/kevlar/groups/0/drain?deadline={bad}"))[0]
+        assert response.status_code == 400 and "deadline: must be" in response.json()["error"]["message"]
+    assert call(app, ("POST", "/kevlar/groups/0/undrain"))[0].status_code == 202
+    assert source.actions == [("drain", 0), ("drain", 0), ("undrain", 0)]
+
+
 @pytest.mark.parametrize("group", ["-1", "9" * 5000, "%C2%B2", "0%0a"])
 def test_group_ids_that_are_none(group: str) -> None:
     source = Source()
@@ -222,7 +241,7 @@ def test_group_ids_that_are_none(group: str) -> None:
     assert not source.actions
 
 
-@pytest.mark.parametrize("action", ["drain", "restart"])
+@pytest.mark.parametrize("action", ["drain", "undrain", "restart"])
 def test_maintenance_needs_the_admin_key_where_there_is_one(action: str) -> None:
     source = Source()
     request = ("POST", f"/kevlar/groups/0/{action}")

@@ -173,3 +173,9 @@ def test_a_group_that_goes_or_comes_moves_few_links(drawn, who):
     assert len(moved) <= 2 * kept + 1
     returned = [source for source in after if again[source] != after[source]]
     assert len(returned) <= 2 * Counter(again.values())[who] + 1
+
+
+def test_no_kv_goes_from_one_version_of_the_software_to_another() -> None:
+    up = {number: Place(str(number), version=version) for number, version in enumerate(("1", "1", "2", "2", "3"))}
+    assert partners(up, (), {}) == {0: 1, 1: 0, 2: 3, 3: 2}
+    assert partners(up, (), {0: 2, 2: 0, 4: 1}) == {0: 1, 1: 0, 2: 3, 3: 2}

@@ -163,3 +163,12 @@ def test_a_group_that_another_frontend_tells_is_told_once_it_is_ours() -> None:
     assert [(who.group, plan.target.name) for who, plan in news] == [(0, "x")], "its store may be a target all the same"
     ours = Channel(1, 1, shared.place)
     assert [who.group for who, _ in plans.news([here, ours], [], "w")] == [1]
+
+
+def test_weights_have_another_name_in_another_version_of_the_software() -> None:
+    plans = plans_of()
+    groups = [Channel(number, 1, Place(str(number), version=v)) for number, v in enumerate(("1", "1", "2"))]
+    news = {who.group: plan for who, plan in plans.news(groups, [], "w")}
+    assert news[0].content == news[1].content != news[2].content and news[2].target is None
+    assert plans.news(groups, [], "w") == []
+    assert {plan.content for _, plan in plans.news(groups, [], "")} == {""}, "while they change there is no name"

@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
+import msgspec
+
 from sglang_kevlar.control.session import (
     Effect,
     Ended,
@@ -156,11 +158,14 @@ class Sessions:
         setup: Setup | None = None,
         identity: Identity | None = None,
         takes: Literal["group", "node"] = "group",
+        version_skew: bool = False,
     ) -> None:
-        """``identity``: of a frontend that other frontends join. ``takes`` nodes: the first node of a group does."""
+        """``identity``: of a frontend that other frontends join. ``takes`` nodes: the first node of a group does.
+        ``version_skew``: groups may be of another version of this software."""
         self.frontend = frontend
         self.identity = identity
         self._takes = takes
+        self._version_skew = version_skew
         self.configuration = configuration
         #: what those are told that ask before they start
         self.setup = setup
@@ -262,7 +267,7 @@ class Sessions:
             return _refused(sender, join.session, _other_version(join.version), None)
         if self.closed is not None:
             return _refused(sender, join.session, *self.closed)
-        if differences := self.configuration.differences(join.configuration):
+        if differences := self._differences(join):
             here = "the first node" if self._takes == "node" else "the frontend"
             both = f"{here} (here) and the {identity.kind} (there)"
             return _refused(sender, join.session, f"{both} differ: {'; '.join(differences)}", None)
@@ -282,7 +287,13 @@ class Sessions:
         end = FrontendEnd(sender, join, self.lease, now)
         self._by_sender[sender] = self._by_session[join.session] = self._by_name[name] = end
         welcome = Welcome(session=join.session, frontend=self.frontend, lease=self.lease, identity=self.identity)
-        return [*effects, Send(sender, welcome), Joined(join.session, identity, join.state)]
+        return [*effects, Send(sender, welcome), Joined(join.session, identity, join.state, join.configuration.version)]
+
+    def _differences(self, join: Join) -> list[str]:
+        there = join.configuration
+        if self._version_skew and join.identity.kind == "group":
+            there = msgspec.structs.replace(there, version=self.configuration.version)
+        return self.configuration.differences(there)
 
     def _settle(self, end: FrontendEnd, effects: list[Effect]) -> list[Effect]:
         if end.over:

@@ -40,6 +40,8 @@ class JoinedGroup:
         self.id = group
         self.name = name
         self.host = ""
+        #: of its software
+        self.version = ""
         self.role: Role = "active"
         #: counted by us, never twice for one id
         self.epoch = 0
@@ -91,11 +93,12 @@ class JoinedGroups:
 
     # ---- what sessions say ---------------------------------------------------------------------------------------
 
-    def joined(self, session: str, identity: Identity, state: GroupState, now: float) -> list[Event]:
+    def joined(self, session: str, identity: Identity, state: GroupState, now: float, version: str = "") -> list[Event]:
         """A session was opened. One of the same name must have ended before."""
         g = self._group(identity.name)
         assert g.session is None, f"group {g.name} joined twice"
         g.session, g.link, g.host, g.away_since = session, "up", identity.host, None
+        g.version = version
         self._sessions[session] = g
         g.state = None
         return self._apply(g, state, now)

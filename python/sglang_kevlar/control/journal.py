@@ -68,6 +68,8 @@ class Entry:
     #: the group of this attempt has begun to run it; before that it only waits there
     started: bool = False
     redirects: int = 0
+    #: of those, how many were asked for by an operator: maintenance must not use up what failures may take
+    planned_moves: int = 0
     #: tokens computed again because of redirects, as the group that resumed reported them
     recomputed_tokens: int = 0
     cached_tokens: int = 0
@@ -182,23 +184,43 @@ class Journal:
             self._end_attempt(entry)
         return entry
 
-    def fence(self, group: int, epoch: int, planned: bool = False, crashed_at: float | None = None) -> list[Entry]:
-        """End every attempt on ``(group, epoch)``. Returns their requests, longest context first.
-
-        That order loses the least when there is not room for all: the longest cost most to compute again.
-        Those it had begun to run are suspected of its death, and, of a process that ended by itself (``crashed_at``),
-        those it had just been sent; none when that was ``planned`` (drain, restart by an operator).
-        """
-        lost = [
+    def running_on(self, group: int, epoch: int) -> list[Entry]:
+        return [
             entry
             for entry in self._by_wire.values()
             if entry.attempt is not None and (entry.attempt.group, entry.attempt.epoch) == (group, epoch)
         ]
+
+    def take_away(self, entry: Entry) -> None:
+        """End its attempt on a group that lives, to go on elsewhere: an operator wants the group empty."""
+        assert entry.attempt is not None and self.stays(entry) is None
+        self._end_attempt(entry)
+        entry.redirects += 1
+        entry.planned_moves += 1
+        entry.ever_started |= entry.started
+
+    def fence(
+        self,
+        group: int,
+        epoch: int,
+        planned: bool = False,
+        crashed_at: float | None = None,
+        counted: bool = True,
+    ) -> list[Entry]:
+        """End every attempt on ``(group, epoch)``. Returns their requests, longest context first.
+
+        That order loses the least when there is not room for all: the longest cost most to compute again.
+        Those it had begun to run are suspected of its death, and, of a process that ended by itself (``crashed_at``),
+        those it had just been sent; none when that was ``planned`` (drain, restart by an operator). Not ``counted``:
+        it is no move of those that `max_redirects` allows.
+        """
+        lost = self.running_on(group, epoch)
         for entry in lost:
             assert entry.attempt is not None
             sent_at = entry.attempt.sent_at
             self._end_attempt(entry)
             entry.redirects += 1
+            entry.planned_moves += not counted
             entry.ever_started |= entry.started
             if planned:
                 continue
@@ -230,8 +252,13 @@ class Journal:
                 f"request {rid}: worker groups {groups} died one after the other as soon as they were given it; it is "
                 f"not given to another group",
             )
-        if entry.redirects > args.max_redirects:
+        if entry.redirects - entry.planned_moves > args.max_redirects:
             return Refusal("redirect_limit", f"request {rid}: moved {args.max_redirects} times, the limit")
+        return self.stays(entry)
+
+    def stays(self, entry: Entry) -> Refusal | None:
+        """Why ``entry`` can only end where it began: what is said when that group is lost. None: it can be moved."""
+        rid = entry.rid
         if entry.delivered and entry.not_continuable is not None:
             return Refusal("not_continuable", f"request {rid}: its worker group was lost and {entry.not_continuable}")
         if entry.delivered and entry.weights != self.weights:

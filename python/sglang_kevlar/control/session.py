@@ -62,6 +62,8 @@ class Joined:
     session: str
     identity: Identity
     state: GroupState
+    #: of its software
+    version: str = ""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ class Place:
     #: of the frontend's own launch: its ranks and those of others of it reach each other through files
     local: bool = True
     standby: bool = False
+    #: of its software: KV does not go from one to another
+    version: str = ""
     #: by rank: where all others reach its stores; empty: nowhere
     endpoints: tuple[str, ...] = ()
 
@@ -49,7 +51,8 @@ def _choices(source: int, up: Mapping[int, Place], draining: Collection[int]) ->
     here = up[source]
     ranks: dict[tuple[bool, bool, bool], list[int]] = {}
     for target, there in sorted(up.items()):
-        if target != source and (there.endpoints or (here.local and there.local)):
+        reached = bool(there.endpoints) or (here.local and there.local)
+        if target != source and reached and there.version == here.version:
             rank = (target in draining, there.host == here.host, not there.standby)
             ranks.setdefault(rank, []).append(target)
     return ranks[min(ranks)] if ranks else []

@@ -6,13 +6,15 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from http import HTTPStatus
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from sglang.srt.environ import envs
 from sglang.srt.managers.tokenizer_manager import ServerStatus
 from sglang.srt.utils.auth import AuthLevel, auth_level
+
+from sglang_kevlar.frontend.drains import DEFAULT_DEADLINE, MAX_DEADLINE
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +42,10 @@ class StatusSource(Protocol):
     def serves(self) -> bool:
         """Whether a group takes requests now."""
 
-    async def drain_group(self, group: int) -> None:
+    async def drain_group(self, group: int, deadline: float) -> None:
+        """``deadline``: seconds after which what still runs there is moved. Raises UnknownGroup, GroupStateConflict."""
+
+    async def undrain_group(self, group: int) -> None:
         """Raises UnknownGroup, GroupStateConflict."""
 
     async def restart_group(self, group: int) -> None:
@@ -146,9 +151,19 @@ def install(app: FastAPI, source: StatusSource, health_timeout: float) -> None:
     for path in HEALTH_ROUTES:
         app.add_api_route(path, ready if path == "/ready" else health, methods=["GET"])
     app.add_api_route("/kevlar/status", kevlar_status, methods=["GET"])
-    for action, act in (("drain", source.drain_group), ("restart", source.restart_group)):
-        maintain = auth_level(AuthLevel.ADMIN_OPTIONAL)(_maintenance(action, act))
-        app.add_api_route(f"/kevlar/groups/{{group}}/{action}", maintain, methods=["POST"])
+
+    async def drain(group: int, query: Mapping[str, str]) -> None:
+        await source.drain_group(group, _deadline(query.get("deadline")))
+
+    async def undrain(group: int, query: Mapping[str, str]) -> None:
+        await source.undrain_group(group)
+
+    async def restart(group: int, query: Mapping[str, str]) -> None:
+        await source.restart_group(group)
+
+    for act in (drain, undrain, restart):
+        maintain = auth_level(AuthLevel.ADMIN_OPTIONAL)(_maintenance(act.__name__, act))
+        app.add_api_route(f"/kevlar/groups/{{group}}/{act.__name__}", maintain, methods=["POST"])
 
 
 def remove_routes(app: FastAPI, endpoints: Mapping[str, str]) -> None:
@@ -168,12 +183,32 @@ def remove_routes(app: FastAPI, endpoints: Mapping[str, str]) -> None:
         routes.remove(route)
 
 
-def _maintenance(action: str, act: Callable[[int], Awaitable[None]]) -> Callable[[str], Awaitable[Response]]:
-    async def maintain(group: str) -> Response:
+class _BadValue(Exception):
+    """Of a parameter; the message is the client's."""
+
+
+def _deadline(text: str | None) -> float:
+    """Raises _BadValue."""
+    try:
+        seconds = DEFAULT_DEADLINE if text is None else float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= MAX_DEADLINE:
+        raise _BadValue(f"deadline: must be 0 to {MAX_DEADLINE:g} seconds, got {(text or '')[:64]!r}")
+    return seconds
+
+
+_Act: TypeAlias = Callable[[int, Mapping[str, str]], Awaitable[None]]
+
+
+def _maintenance(action: str, act: _Act) -> Callable[[str, Request], Awaitable[Response]]:
+    async def maintain(group: str, request: Request) -> Response:
         try:
             if not (group.isascii() and group.isdigit() and len(group) < 10):
                 raise UnknownGroup
-            await act(int(group))
+            await act(int(group), request.query_params)
+        except _BadValue as error:
+            return _error(HTTPStatus.BAD_REQUEST, str(error))
         except UnknownGroup as error:
             return _error(HTTPStatus.NOT_FOUND, str(error) or f"there is no worker group {group[:64]!r}")
         except GroupStateConflict as error:

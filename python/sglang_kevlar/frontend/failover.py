@@ -208,8 +208,9 @@ class Failover(Requests):
         self._host.group_lost(event.group, event.epoch)
         crashed_at = time.monotonic() if event.kind in ("exit", "report") else None
         # What was on its way when a host or a link went is not what it went of.
-        innocent = event.kind in ("operator", "left", "network")
-        entries = self.journal.fence(event.group, event.epoch, innocent, crashed_at)
+        on_purpose = event.kind in ("operator", "left")
+        innocent = on_purpose or event.kind == "network"
+        entries = self.journal.fence(event.group, event.epoch, innocent, crashed_at, counted=not on_purpose)
         if not channel.up_to_date:
             # It never served: nothing failed over.
             logger.error(
@@ -228,6 +229,45 @@ class Failover(Requests):
         for entry in entries:
             self._redirect(self.requests[entry.rid], channel.heir)
         self.route()
+
+    async def move_away(self, group: int) -> tuple[int, int]:
+        """Move what a draining group runs to the others: how many were moved, and how many are left.
+
+        What cannot be continued elsewhere ends where it is, and so does everything while no other group serves.
+        """
+        async with self._turn:
+            channel = self.channels.get(group)
+            if channel is None or channel.given_up:
+                return 0, 0  # its loss moves them
+            entries = self.journal.running_on(group, channel.epoch)
+            if not self._groups.is_draining(group) or not self.router.groups:
+                return 0, len(entries)
+            going = [
+                entry
+                for entry in entries
+                if not self.requests[entry.rid].abort_requested and self.journal.stays(entry) is None
+            ]
+            if not going:
+                return 0, len(entries)
+            # The longest first, as after a loss.
+            going.sort(key=lambda entry: entry.context_tokens, reverse=True)
+            self.events.failover(
+                group=group,
+                epoch=channel.epoch,
+                cause="drained by an operator",
+                kind="operator",
+                detect_ms=0.0,
+                rids=[entry.rid for entry in going],
+            )
+            heir = self._shadows.targets.get(group)
+            for entry in going:
+                assert entry.attempt is not None
+                # What it still sends of it comes under an id that nobody knows any more.
+                self.send(channel, AbortReq(rid=entry.attempt.wire_rid))
+                self.journal.take_away(entry)
+                self._redirect(self.requests[entry.rid], heir)
+            self._pump()
+            return len(going), len(entries) - len(going)
 
     def _redirect(self, request: InFlight, heir: int | None) -> None:
         """Queue a request of a lost group, before all new ones; or end it, if it must not run again."""

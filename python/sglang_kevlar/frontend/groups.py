@@ -7,6 +7,7 @@ from typing import Any
 
 import zmq.asyncio
 
+from sglang_kevlar import __version__
 from sglang_kevlar.control.membership import Event, GroupReady
 from sglang_kevlar.control.shadow_partners import Place
 from sglang_kevlar.frontend.channels import Channel, GroupChannel
@@ -66,7 +67,7 @@ class WorkerGroups:
             assert self.sessions is not None
             return self.sessions.open(ready, capacity)
         standby, endpoints = self.is_standby(group), tuple(ready.shadow_endpoints)
-        place = Place(str(group), host=self._host, standby=standby, endpoints=endpoints)
+        place = Place(str(group), host=self._host, standby=standby, version=__version__, endpoints=endpoints)
         return GroupChannel(self._context, self._paths, group, epoch, capacity, place)
 
     def kill(self, group: int, epoch: int, cause: str, planned: bool = False) -> None:
@@ -103,6 +104,7 @@ class WorkerGroups:
         groups = self.monitor.snapshot()
         for group in groups:
             group["name"], group["host"], group["link"] = str(group["id"]), self._host, "local"
+            group["version"] = __version__
             group["shadow"] = self._shadows.status(group["id"], group["epoch"])
         return groups if self.sessions is None else [*groups, *self.sessions.snapshot()]
 

@@ -73,6 +73,7 @@ def serve(plan: LaunchPlan, paths: Paths, server_args: ServerArgs, on_ready: Cal
     from sglang.srt.entrypoints import http_server
 
     from sglang_kevlar.frontend import endpoints, middleware
+    from sglang_kevlar.frontend.admin_port import AdminPort
     from sglang_kevlar.frontend.groups_engine import GroupsEngine
     from sglang_kevlar.frontend.kept import endpoints as kept_endpoints
 
@@ -81,6 +82,7 @@ def serve(plan: LaunchPlan, paths: Paths, server_args: ServerArgs, on_ready: Cal
     middleware.install(app, manager.kept)
     endpoints.install(app, manager, http_server.HEALTH_CHECK_TIMEOUT)
     kept_endpoints.install(app, manager.kept)
+    admin_port = AdminPort(app, plan, server_args) if plan.kevlar.admin_port else None
     upstream_lifespan = app.router.lifespan_context
 
     @contextlib.asynccontextmanager
@@ -88,7 +90,11 @@ def serve(plan: LaunchPlan, paths: Paths, server_args: ServerArgs, on_ready: Cal
         # From the first moment, not from the first request on: membership is followed while idle too.
         manager.auto_create_handle_loop()
         async with upstream_lifespan(app) as state:
+            if admin_port is not None:
+                admin_port.start()
             yield state
+            if admin_port is not None:
+                await admin_port.close()
         if manager.peers is not None:
             await manager.peers.close()
 

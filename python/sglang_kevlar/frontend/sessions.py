@@ -43,7 +43,9 @@ def listener_of(
     assert args.listen is not None and plan.configuration is not None
     setup = Setup(argv=plan.argv, kevlar=msgspec.to_builtins(args))
     # Named after the launch: one that takes over knows what the one before it changed at run time.
-    sessions = Sessions(plan.launch_id, plan.configuration, args.lease, setup, identity)
+    sessions = Sessions(
+        plan.launch_id, plan.configuration, args.lease, setup, identity, version_skew=args.allow_version_skew
+    )
     return Listener(args.listen, keys.load(args.cluster_key_file), sessions, on_event)
 
 
@@ -95,7 +97,14 @@ class GroupSessions:
                 raise CannotSend(str(too_large)) from too_large
 
         standby, endpoints = current.role == "standby", tuple(ready.shadow_endpoints)
-        place = Place(current.name, host=current.host, local=False, standby=standby, endpoints=endpoints)
+        place = Place(
+            current.name,
+            host=current.host,
+            local=False,
+            standby=standby,
+            version=current.version,
+            endpoints=endpoints,
+        )
         load = partial(_load, current, epoch)
         # What one of several frontends changed the others would not know.
         may_change = self._plan.kevlar.peers is None
@@ -133,6 +142,7 @@ class GroupSessions:
             "retry_in": 0.0,
             "name": g.name,
             "host": g.host,
+            "version": g.version,
             "link": g.link,
             "shadow": None if state is None or g.session is None else summary(state.shadow, self._ranks),
         }
@@ -149,10 +159,16 @@ class GroupSessions:
             self._act(self.table.on_state(event.session, event.state, now))
         elif isinstance(event, Joined):
             identity = event.identity
-            events = self.table.joined(event.session, identity, event.state, now)
+            events = self.table.joined(event.session, identity, event.state, now, event.version)
             group = self.table.of_session(event.session)
             assert group is not None
-            logger.info("worker group %d joined: %s on host %s", group.id, identity.name, identity.host)
+            logger.info(
+                "worker group %d joined: %s on host %s, version %s",
+                group.id,
+                identity.name,
+                identity.host,
+                event.version,
+            )
             self._act(events)
         elif isinstance(event, Suspect | Trusted):
             self._act(self.table.on_silence(event.session, isinstance(event, Suspect)))

@@ -35,10 +35,12 @@ class ShadowPlans:
             if not channel.tells_plans():
                 continue  # another frontend tells it
             target = up.get(self.targets.get(group, -1))
-            plan = ShadowPlanReq(content=content, target=target and self._target(channel, target))
+            # Nor does KV of one version of the software have a name that it has in another.
+            named = f"{content} {channel.place.version}" if content and channel.place.version else content
+            plan = ShadowPlanReq(content=named, target=target and self._target(channel, target))
             wanted[channel.group, channel.epoch] = plan
             before = self._told.get((channel.group, channel.epoch))
-            if before is None or (before.content, before.target) != (content, plan.target):
+            if before is None or (before.content, before.target) != (named, plan.target):
                 news.append((channel, plan))
         self._told = wanted
         return news

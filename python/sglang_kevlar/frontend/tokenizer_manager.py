@@ -36,6 +36,7 @@ from sglang_kevlar import __version__
 from sglang_kevlar.control.membership import Event
 from sglang_kevlar.frontend.channels import Channel
 from sglang_kevlar.frontend.control_requests import ControlRequests
+from sglang_kevlar.frontend.drains import Drains
 from sglang_kevlar.frontend.endpoints import GroupStateConflict, UnknownGroup, first_answer
 from sglang_kevlar.frontend.failover import Failover
 from sglang_kevlar.frontend.groups import WorkerGroups
@@ -103,6 +104,7 @@ class KevlarTokenizerManager(TokenizerManager, Host):
             metrics=metrics,
         )
         self.load_snapshot_reader = GroupLoadReader(self.plan, self.failover)
+        self.drains = Drains(self.groups.drain, self.failover.move_away, self.failover._task_done)
 
     def init_communicators(self) -> None:
         super().init_communicators()
@@ -283,6 +285,8 @@ class KevlarTokenizerManager(TokenizerManager, Host):
             group["weight_version"] = self.config_value("weight_version") if current else None
             group["running"] = running[group["id"]]
             group["queued"] = self._queued(group["id"])
+            draining = self.groups.is_draining(group["id"])
+            group["moves_in_s"] = self.drains.moves_in(group["id"]) if draining else None
         return {
             "version": __version__,
             "upstream": self.plan.upstream,
@@ -301,9 +305,13 @@ class KevlarTokenizerManager(TokenizerManager, Host):
     def serves(self) -> bool:
         return bool(self.failover.router.groups)
 
-    async def drain_group(self, group: int) -> None:
-        """No new requests to this group; what runs there ends there. Until it is restarted by `restart_group`."""
-        self.groups.drain(self._known(group), True)
+    async def drain_group(self, group: int, deadline: float) -> None:
+        """No new requests to this group; what runs there ends there, or is moved after ``deadline`` seconds."""
+        self.drains.drain(self._known(group), deadline)
+        self.failover.route()
+
+    async def undrain_group(self, group: int) -> None:
+        self.drains.end(self._known(group))
         self.failover.route()
 
     async def restart_group(self, group: int) -> None:
@@ -312,7 +320,7 @@ class KevlarTokenizerManager(TokenizerManager, Host):
         if channel is None:
             cause = self.groups.cause(group)
             raise GroupStateConflict(f"group {group} is not serving; it is restarted by itself (down: {cause})")
-        self.groups.drain(group, False)
+        self.drains.end(group)
         self.groups.kill(group, channel.epoch, "restart asked for by an operator", planned=True)
 
     def _known(self, group: int) -> int:
@@ -373,6 +381,7 @@ class KevlarTokenizerManager(TokenizerManager, Host):
         """End everything of ours on the event loop. Groups live on."""
         for task in self.asyncio_tasks:
             task.cancel()
+        self.drains.close()
         self.failover.close()
         self.groups.close()
 

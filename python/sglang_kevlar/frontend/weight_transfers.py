@@ -121,7 +121,7 @@ class WeightTransfers:
             other
             for other in self._failover.channels.values()
             if other.up_to_date and not other.given_up and not other.closed and other.group != channel.group
-            if (other.group, other.epoch) not in failed
+            if (other.group, other.epoch) not in failed and other.place.version == channel.place.version
         ]
         # On the same host, and there one that has less to do.
         return min(

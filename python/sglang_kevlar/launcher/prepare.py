@@ -83,7 +83,11 @@ def prepare(
     _check_supported(server_args, node)
     _check_peers(kevlar, server_args.batch_notify_size)
     if http:
-        _check_port(server_args.host, server_args.port)
+        _check_port(server_args.host, server_args.port, "--host", "--port")
+        if kevlar.admin_port:
+            if kevlar.admin_port == server_args.port:
+                raise LaunchRefused(f"--admin-port {kevlar.admin_port}: is --port, too; give one of them another")
+            _check_port(kevlar.admin_host, kevlar.admin_port, "--admin-host", "--admin-port")
     _resolve(server_args)
     _check_supported(server_args, node, resolved=True)
     plan = _plan(paths, launch_id, kevlar, server_args, node)
@@ -228,10 +232,10 @@ def _describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def _check_port(host: str, port: int) -> None:
+def _check_port(host: str, port: int, host_flag: str, port_flag: str) -> None:
     """Fail now rather than after the model is loaded. The frontend binds it for good."""
     if not 0 <= port <= 65535:
-        raise LaunchRefused(f"--port {port}: must be between 0 and 65535")
+        raise LaunchRefused(f"{port_flag} {port}: must be between 0 and 65535")
     try:
         family, kind, proto, _, address = socket.getaddrinfo(
             host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -240,7 +244,7 @@ def _check_port(host: str, port: int) -> None:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
     except OSError as error:
-        raise LaunchRefused(f"cannot listen on --host {host} --port {port}: {error}") from error
+        raise LaunchRefused(f"cannot listen on {host_flag} {host} {port_flag} {port}: {error}") from error
 
 
 def _plan(

@@ -67,8 +67,13 @@ class KevlarArgs(msgspec.Struct, frozen=True, kw_only=True):
     stream_memory: int = 256
     #: ranks take orders of `sglang_kevlar.chaos`
     allow_chaos: bool = False
+    #: where the operator's endpoints are; 0: beside the clients'
+    admin_port: int = 0
+    admin_host: str = "127.0.0.1"
     #: HOST:PORT at which groups of other hosts join; None: none do
     listen: str | None = None
+    #: they may be of another version of this software
+    allow_version_skew: bool = False
     #: silence of a joined group, or of its host, after which it is lost
     lease: float = 3.0
     #: without it the environment's (`cluster.keys`)

@@ -1,0 +1,1 @@
+"""``python -m sglang_kevlar.ctl``: a running server from a terminal. No torch, no sglang."""
