@@ -265,7 +265,7 @@ def update(server: Server, weights: Path) -> None:
 LAYOUTS = [
     pytest.param("mla-f32", (), id="MLA", marks=pytest.mark.slow),
     pytest.param("mla-f32", ("--tp-size", "2", "--page-size", "16"), id="MLA, tp 2, page 16"),
-    pytest.param("llama-f32", ("--tp-size", "2", "--page-size", "16"), id="tp 2, page 16"),
+    pytest.param("llama-f32", ("--tp-size", "2", "--page-size", "16"), id="tp 2, page 16", marks=pytest.mark.slow),
     pytest.param("llama-f32", ("--pp-size", "2"), id="pp 2", marks=pytest.mark.slow),
     pytest.param("moe-f32", ("--page-size", "64", "--disable-overlap-schedule"), id="page 64", marks=pytest.mark.slow),
 ]
@@ -297,7 +297,8 @@ def test_every_layout_shadows_its_shards(models: Path, tmp_path: Path, model: st
         server.stop()
 
 
-@pytest.mark.parametrize("name", ["tcp", pytest.param("mooncake", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tcp", "mooncake"])
 @pytest.mark.timeout(900)
 def test_it_travels_by_other_means(models: Path, tmp_path: Path, name: str) -> None:
     """Twice, so that a group which came back is written to, and writes. Over TCP with a cluster's key."""
@@ -432,6 +433,7 @@ def audited(status: dict[str, Any], group: int, what: str = "audited_blocks") ->
     return count
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_one_standby_for_two_groups_has_their_kv_in_its_pool_before_both_are_lost(models: Path, tmp_path: Path) -> None:
     server = Server(models / "llama-f32", tmp_path / "log", "--standby-groups", "1", groups=3, env=CHECKS)
