@@ -26,9 +26,11 @@ from sglang.srt.managers.io_struct import (  # noqa: E402
     UpdateWeightsFromDistributedReqOutput,
 )
 
+from sglang_kevlar.control.shadow_partners import Place  # noqa: E402
 from sglang_kevlar.frontend.control_requests import ControlRequests  # noqa: E402
 from sglang_kevlar.frontend.replay import RunTimeChanges  # noqa: E402
 from sglang_kevlar.observability.metrics import NoMetrics  # noqa: E402
+from sglang_kevlar.worker.weights.messages import ServeWeightsReq, ServeWeightsReqOutput  # noqa: E402
 
 
 class World:
@@ -64,7 +66,15 @@ class World:
 
     def channel(self, group: int, epoch: int = 1, up_to_date: bool = True) -> Any:
         self.channels[group] = SimpleNamespace(
-            group=group, epoch=epoch, up_to_date=up_to_date, closed=False, remote=False, refusal=lambda request: None
+            group=group,
+            epoch=epoch,
+            up_to_date=up_to_date,
+            given_up=False,
+            suspect=False,
+            closed=False,
+            remote=False,
+            place=Place("here"),
+            refusal=lambda request: None,
         )
         return self.channels[group]
 
@@ -182,6 +192,26 @@ def test_weights_from_disk_bring_groups_back_that_could_not_be_brought_up_to_dat
         w.answer(0, done())
         assert await preparing is None
         assert (await call)[0].success and w.changes.not_replayable is None
+
+    play(script)
+
+
+def test_also_one_that_was_just_taking_them_from_a_group_that_is_lost() -> None:
+    async def script(w: World) -> None:
+        w.channel(0)
+        w.changes.record(live())
+        preparing = await begin(w.control.prepare(w.channel(1, up_to_date=False)))
+        asked = w.sent[-1][1]
+        assert isinstance(asked, ServeWeightsReq)
+        w.answer(0, ServeWeightsReqOutput(ticket=asked.ticket, success=False, message="they change", busy=True))
+        await asyncio.sleep(0)
+        w.lose(0)
+        update = disk()
+        call = await begin(w.control.update_weights_from_disk(update))
+        while w.sent[-1] != (1, update):
+            await asyncio.sleep(0.01)
+        w.answer(1, done())
+        assert await preparing is None and (await call)[0].success
 
     play(script)
 
