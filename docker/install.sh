@@ -22,11 +22,12 @@ print(pathlib.Path(importlib.util.find_spec("sglang").origin).parents[1])')
 python3 "$sources/scripts/check_upstream.py" --installed
 python3 -m sglang_kevlar.upstream.patches apply "$upstream"
 
-# SGLANG_KEVLAR_REPLACE=1: upstream's commands start our server.
-echo 'from sglang_kevlar.upstream import command; command.replace()' >"$packages/sglang_kevlar_command.pth"
+# SGLANG_KEVLAR_REPLACE=1: upstream's commands start our server. (Python runs those lines of such files that begin with
+# "import", and takes others for directories.)
+echo 'import sglang_kevlar.upstream.command as command; command.replace()' >"$packages/sglang_kevlar_command.pth"
 # A CPU build of torch with PyPI's torchvision: no `import sglang` without the shim.
 if ! python3 -c 'import torchvision' 2>/dev/null; then
-    echo 'from sglang_kevlar.platform import torchvision_shim; torchvision_shim.install_on_import()' \
+    echo 'import sglang_kevlar.platform.torchvision_shim as shim; shim.install_on_import()' \
         >"$packages/sglang_kevlar_torchvision.pth"
 fi
 python3 -c 'import sglang.launch_server'

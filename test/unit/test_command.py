@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from sglang_kevlar.upstream.command import REPLACE, flags
 
+REPOSITORY = Path(__file__).parents[2]
 FAKES = {
     "sglang/__init__.py": "",
     "sglang/launch_server.py": "import sys; print('upstream', sys.argv[1:])",
@@ -51,12 +53,15 @@ def test_which_process_is_a_server_of_upstreams(argv: list[str], original: list[
 def run(tmp_path: Path):
     """Python with a ``.pth`` file as of an image, beside packages that only say which of them was started."""
     site = tmp_path / "site"
-    command = Path(__file__).parents[2] / "python/sglang_kevlar/upstream/command.py"
+    command = REPOSITORY / "python/sglang_kevlar/upstream/command.py"
     for name, text in {**FAKES, "sglang_kevlar/upstream/command.py": command.read_text()}.items():
         (site / name).parent.mkdir(parents=True, exist_ok=True)
         (site / name).write_text(text)
-    # As a .pth file is run, which only those of site-packages are: while the interpreter starts.
-    (site / "sitecustomize.py").write_text("from sglang_kevlar.upstream import command; command.replace()")
+    # Only those of site-packages are run by themselves.
+    (site / "sitecustomize.py").write_text(f"import site; site.addsitedir({str(site)!r})")
+    line = re.search(r"echo '(.*)' >\S*_command\.pth", (REPOSITORY / "docker/install.sh").read_text())
+    assert line is not None
+    (site / "image.pth").write_text(line[1])
 
     def run(*arguments: str, replace: str | None) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "PYTHONPATH": str(site)} | ({} if replace is None else {REPLACE: replace})
