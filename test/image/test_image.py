@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import threading
@@ -96,9 +97,20 @@ class Stream:
         return self.ids
 
 
+@pytest.fixture(scope="module")
+def readable(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The models, readable by whoever the server runs as: files of weights are made for their owner only."""
+    directory = tmp_path_factory.mktemp("models")
+    shutil.copytree(models / "llama-f32", directory / "llama-f32")
+    for path in directory.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    directory.chmod(0o755)
+    return directory
+
+
 @pytest.fixture(params=[None, "4711:4711"], ids=["user of the image", "another user"])
-def container(request: pytest.FixtureRequest, models: Path) -> Iterator[Container]:
-    container = Container(models, request.param)
+def container(request: pytest.FixtureRequest, readable: Path) -> Iterator[Container]:
+    container = Container(readable, request.param)
     try:
         yield container
     finally:
@@ -126,7 +138,7 @@ def test_it_serves_survives_a_kill_and_drains(container: Container, tmp_path: Pa
     stream = Stream(server.url)
     assert stream.begun.wait(60)
     busiest = max(server.groups(), key=lambda group: group["running"])
-    killed = container.run("kill", "-KILL", str(busiest["pids"]["ranks"][0]))
+    killed = container.run("sh", "-c", f"kill -KILL {busiest['pids']['ranks'][0]}")
     assert killed.returncode == 0, killed.stderr
     assert stream.finish() == expected and stream.redirects == 1
     server.wait("/kevlar/status", whole)
@@ -143,8 +155,8 @@ def test_it_serves_survives_a_kill_and_drains(container: Container, tmp_path: Pa
 
 
 @pytest.fixture
-def plain(models: Path) -> Iterator[Container]:
-    container = Container(models, None)
+def plain(readable: Path) -> Iterator[Container]:
+    container = Container(readable, None)
     try:
         yield container
     finally:
