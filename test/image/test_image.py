@@ -173,6 +173,8 @@ def test_what_is_in_it(plain: Container) -> None:
     labels = image_container.configuration()["Labels"]
     version = plain.run("python3", "-m", "sglang_kevlar.launch_server", "--version").stdout
     assert version == f"sglang-kevlar {sglang_kevlar.__version__} (sglang {SUPPORTED[-1]})\n"
+    assert plain.run("sglang", "serve", "--version", SGLANG_KEVLAR_REPLACE="1").stdout == version
+    assert plain.run("sglang", "serve", "M", SGLANG_KEVLAR_REPLACE="yes").returncode == 78
     assert labels["org.opencontainers.image.version"] == sglang_kevlar.__version__
     assert labels["sglang.version"] == SUPPORTED[-1]
     assert plain.run("sh", "-c", "echo $(id -u):$(id -g) $HOME $(command -v python)").stdout == (
