@@ -72,11 +72,21 @@ class Container:
         return found
 
     def remove(self) -> None:
-        for _ in range(50):
-            if not (pids := self.pids()):
-                break
-            for pid in pids:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            time.sleep(0.1)
+        self.end()
         buildah("rm", self.name)
+
+    def end(self) -> None:
+        """End all of it. Not by SIGKILL alone: who puts shared memory in order, which is this host's, would die too."""
+        for sig, spared, patience in (
+            (signal.SIGTERM, (), 20),
+            (signal.SIGKILL, (b"launcher.janitor", b"resource_tracker"), 15),
+            (signal.SIGKILL, (), 15),
+        ):
+            for pid in self.pids():
+                with contextlib.suppress(OSError):
+                    command = Path(f"/proc/{pid}/cmdline").read_bytes()
+                    if not any(name in command for name in spared):
+                        os.kill(pid, sig)
+            deadline = time.monotonic() + patience
+            while self.pids() and time.monotonic() < deadline:
+                time.sleep(0.1)
