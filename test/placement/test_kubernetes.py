@@ -108,6 +108,16 @@ def test_there_is_time_to_end(workload: Manifest) -> None:
     assert grace > float(before[1]) + (DRAIN_TIMEOUT if has_frontend else STOP_TIMEOUT)
 
 
+@pytest.mark.parametrize("workload", WORKLOADS.values(), ids=WORKLOADS)
+def test_pods_are_the_user_of_the_image_and_may_do_nothing_else(workload: Manifest) -> None:
+    dockerfile = (DIRECTORY.parent / "Dockerfile").read_text()
+    (user,) = re.findall(r"^USER (\d+):0$", dockerfile, re.MULTILINE)
+    pod = workload["spec"]["template"]["spec"]["securityContext"]
+    assert pod["runAsNonRoot"] and pod["runAsUser"] == int(user)
+    own = container(workload)["securityContext"]
+    assert own["allowPrivilegeEscalation"] is False and own["capabilities"] == {"drop": ["ALL"]}
+
+
 def test_nothing_kills_a_frontend_for_want_of_groups() -> None:
     assert "livenessProbe" not in container(FRONTENDS)
     headless = next(m for m in MANIFESTS if m["metadata"]["name"] == FRONTENDS["spec"]["serviceName"])

@@ -37,6 +37,19 @@ def test_torchvision_imports_after_the_shim_however_often_it_runs():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.skipif(bool(torch.version.cuda or torch.version.hip), reason="torchvision loads by itself")
+@pytest.mark.parametrize("first", ["", "t.install();"])
+def test_the_shim_is_installed_when_torchvision_is_imported(first):
+    code = (
+        "from sglang_kevlar.platform import torchvision_shim as t; import sys; t.install_on_import();"
+        f"t.install_on_import(); assert 'torch' not in sys.modules; {first}"
+        "import gc, torchvision; gc.collect(); import torch; assert hasattr(torch.ops.torchvision, 'nms');"
+        "assert t._watch not in sys.meta_path"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
 def _arguments(**given):
     unset = dict.fromkeys(
         ("device", "attention_backend", "prefill_attention_backend", "decode_attention_backend", "lora_paths")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 _SCHEMAS = {
@@ -26,6 +27,8 @@ def install() -> None:
     (a torchvision built for this torch).
     """
     global _library
+    if _watch in sys.meta_path:
+        sys.meta_path.remove(_watch)
     if _library is not None or "torchvision" in sys.modules:
         return
     import torch
@@ -52,3 +55,20 @@ def _loads(path: Path) -> bool:
     except OSError:
         return False
     return True
+
+
+class _Watch:
+    """A finder that finds nothing: asked for torchvision, it installs the shim first."""
+
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: object = None) -> None:
+        if fullname == "torchvision":
+            install()
+
+
+_watch = _Watch()
+
+
+def install_on_import() -> None:
+    """Do so when torchvision is imported, if it ever is: for a ``.pth`` file, which every Python starts with."""
+    if "torchvision" not in sys.modules and _watch not in sys.meta_path:
+        sys.meta_path.insert(0, _watch)  # type: ignore[arg-type]
