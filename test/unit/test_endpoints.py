@@ -44,6 +44,9 @@ class Source:
     def kevlar_status(self) -> dict[str, Any]:
         return {"groups": [{"id": i, "state": state} for i, state in enumerate(self.states)], "failovers": []}
 
+    def kevlar_history(self, instance: str, after: int) -> dict[str, Any]:
+        return {"instance": instance, "seconds": [[after]]}
+
     def serves(self) -> bool:
         return "ready" in self.states
 

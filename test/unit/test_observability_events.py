@@ -86,6 +86,7 @@ def test_one_line_per_failover_with_its_final_counts(world: World, lines: Any) -
             "redirected": 2,
             "recomputed_tokens": 530,
             "restored_tokens": 470,
+            "stall_ms": {"p50": 50.0, "max": 50.0},
             "held": 1,
             "refused": ["c"],
             "refused_count": 1,
@@ -96,11 +97,17 @@ def test_one_line_per_failover_with_its_final_counts(world: World, lines: Any) -
         {
             "at": "2023-11-14T22:13:20.250+00:00",
             "group": 0,
+            "epoch": 3,
             "cause": "rank0 killed by SIGKILL",
+            "kind": "signal",
             "detect_ms": 20.0,
             "redirected": 2,
             "recomputed_tokens": 530,
             "restored_tokens": 470,
+            "held": 1,
+            "refused": 1,
+            "pending": 0,
+            "stall_ms": {"p50": 50.0, "max": 50.0},
         }
     ]
     assert [(line["rid"], line["group"], line["delivered_tokens"]) for line in lines("redirect")] == [
