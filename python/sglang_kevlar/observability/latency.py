@@ -30,7 +30,7 @@ class _Second:
 
 
 class RollingLatency:
-    """``now``: monotonic seconds, not running backwards. A call takes about 0.2 us, of the event loop that serves everything."""
+    """``now``: monotonic seconds, not running backwards. A call takes 0.2 us of the one event loop."""
 
     def __init__(self) -> None:
         self._current = _Second(-1)

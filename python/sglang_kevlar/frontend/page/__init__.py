@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 PATH = "/kevlar/"
 FILES = {
     "index.html": "text/html; charset=utf-8",
+    "icon.svg": "image/svg+xml",
     "page.css": "text/css; charset=utf-8",
     "page.js": "text/javascript; charset=utf-8",
     "server.js": "text/javascript; charset=utf-8",

@@ -37,23 +37,26 @@ function drawConnection() {
   pill.title = server.problem;
   setText(pill, silent ? `server not answering since ${clock(server.silentSince)}` : "live");
   document.body.classList.toggle("stale", silent);
-  if (silent) document.title = "not answering - SGLang-Kevlar";
+  document.title = `${silent ? "not answering" : served()} - SGLang-Kevlar`;
+}
+
+function served() {
+  const groups = server.status?.groups ?? [];
+  return `${groups.filter((group) => group.state === "ready").length} of ${groups.length}`;
 }
 
 function drawTiles() {
   const { groups, held } = server.status;
   const { rolling } = server.history;
-  const serve = groups.filter((group) => group.state === "ready").length;
-  document.title = serve === groups.length ? "SGLang-Kevlar" : `${serve} of ${groups.length} groups - SGLang-Kevlar`;
   const both = (latency) => `${ms(latency.p50)} / ${ms(latency.p99)}`;
   const tiles = [
-    ["groups that serve", `${serve} of ${groups.length}`],
+    ["groups that serve", served()],
     ["requests running", count(groups.reduce((sum, group) => sum + group.running, 0))],
     ["waiting for a group", count(held)],
     ["tokens a second", count(rolling.tokens_per_s)],
-    ["to first token, p50 / p99", both(rolling.first_token_ms)],
-    ["between tokens, p50 / p99", both(rolling.inter_token_ms)],
-    ["longest wait in a minute", ms(rolling.inter_token_ms.max)],
+    ["first token, p50 / p99", both(rolling.first_token_ms)],
+    ["per token, p50 / p99", both(rolling.inter_token_ms)],
+    ["longest wait, 1 min", ms(rolling.inter_token_ms.max)],
   ];
   keyed(byId("tiles"), tiles, (tile) => tile[0],
     (tile) => h("div", {}, h("dt", {}, tile[0]), h("dd")),

@@ -2,6 +2,8 @@
 
 import { byId, clock, count, duration, h, keyed, ms, setText } from "./dom.js";
 
+const TICK_WIDTH = 76;
+
 export const STATES = ["ready", "starting", "suspect", "draining", "down", "gone"];
 
 // Seconds from a failover until its group served again; null while it does not, undefined when that is not known.
@@ -119,7 +121,7 @@ function spans(server, changes, begin, end) {
   return changes.map(([at, state, epoch], i) => {
     const since = server.wall(at);
     const to = i + 1 < changes.length ? server.wall(changes[i + 1][0]) : end;
-    return { key: at, state, epoch, since, from: Math.max(begin, since), to };
+    return { key: `${at} ${epoch} ${state}`, state, epoch, since, from: Math.max(begin, since), to };
   }).filter((span) => span.to > begin);
 }
 
@@ -132,10 +134,11 @@ function makeRow(row) {
 }
 
 function drawAxis(track, begin, end, place) {
-  const steps = [10, 60, 180].map((seconds) => seconds * 1000);
-  const step = steps.find((one) => (end - begin) / one <= 6) ?? steps.at(-1);
+  const steps = [10, 30, 60, 120, 300].map((seconds) => seconds * 1000);
+  const room = track.clientWidth / TICK_WIDTH;
+  const step = steps.find((one) => (end - begin) / one <= room) ?? steps.at(-1);
   const ticks = [];
-  for (let tick = Math.ceil(begin / step) * step; tick <= end - step / 3; tick += step) ticks.push(tick);
+  for (let tick = Math.ceil(begin / step) * step; tick <= end - ((end - begin) * 0.7) / room; tick += step) ticks.push(tick);
   keyed(track, ticks, (tick) => tick, (tick) => h("span", { class: "tick" }, clock(tick)), (element, tick) => {
     element.style.left = place(tick);
   });
