@@ -47,6 +47,7 @@ export function keyed(parent, items, key, make, update) {
 
 export function ms(value) {
   if (value === null || value === undefined) return "–";
+  if (value > 0 && value < 0.1) return "< 0.1 ms";
   if (value >= 10000) return `${(value / 1000).toFixed(0)} s`;
   if (value >= 1000) return `${(value / 1000).toFixed(1)} s`;
   return value >= 10 ? `${value.toFixed(0)} ms` : `${value.toFixed(1)} ms`;

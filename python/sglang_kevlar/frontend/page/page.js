@@ -48,7 +48,12 @@ function served() {
 function drawTiles() {
   const { groups, held } = server.status;
   const { rolling } = server.history;
-  const both = (latency) => `${ms(latency.p50)} / ${ms(latency.p99)}`;
+  // "15 / 108 ms": one unit is enough where it is the same.
+  const both = (latency) => {
+    const [p50, p99] = [ms(latency.p50), ms(latency.p99)];
+    const unit = p99.slice(p99.indexOf(" "));
+    return `${p50.endsWith(unit) ? p50.slice(0, -unit.length) : p50} / ${p99}`;
+  };
   const tiles = [
     ["groups that serve", served()],
     ["requests running", count(groups.reduce((sum, group) => sum + group.running, 0))],

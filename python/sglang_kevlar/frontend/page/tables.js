@@ -66,12 +66,12 @@ export function drawTables(server, choose) {
     ["cause", text((f) => f.cause), "wide"],
     ["noticed", text((f) => ms(f.detect_ms)), "number"],
     ["moved", text((f) => count(f.redirected)), "number"],
-    ["stood still, p50", text((f) => ms(f.stall_ms?.p50)), "number"],
+    ["stall, p50", text((f) => ms(f.stall_ms?.p50)), "number"],
     ["longest", text((f) => ms(f.stall_ms?.max)), "number"],
-    ["tokens found", text((f) => count(f.restored_tokens)), "number"],
+    ["from shadow", text((f) => count(f.restored_tokens)), "number"],
     ["computed again", text((f) => count(f.recomputed_tokens)), "number"],
     ["refused", text((f) => count(f.refused)), "number"],
-    ["serves again after", text((f) => back(server, f)), "number"],
+    ["back after", text((f) => back(server, f)), "number"],
   ];
   table("failovers", "Failovers, the latest first", columns, failovers.slice(-FAILOVERS_SHOWN).reverse(), failoverKey);
   byId("failovers").hidden = failovers.length === 0;
