@@ -109,6 +109,18 @@ def status(app: FastAPI, path: str) -> int:
     return call(app, ("GET", path))[0].status_code
 
 
+def test_history_is_asked_for_by_instance_and_second() -> None:
+    [known, new, wrong] = call(
+        serve(Source()),
+        ("GET", "/kevlar/history?instance=abc&after=12"),
+        ("GET", "/kevlar/history"),
+        ("GET", "/kevlar/history?after=soon"),
+    )
+    assert known.json() == {"instance": "abc", "seconds": [[12]]}
+    assert new.json() == {"instance": "", "seconds": [[-1]]}
+    assert wrong.status_code == 422
+
+
 HEALTH = ("/ready", "/health", "/health_generate")
 
 

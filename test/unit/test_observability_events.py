@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sglang_kevlar.observability.events import HISTORY, FailoverEvents
+from sglang_kevlar.observability.events import HISTORY, FailoverEvents, Redirect
 from sglang_kevlar.observability.metrics import NoMetrics
 
 
@@ -133,6 +133,28 @@ def test_metrics_of_a_failover(world: World) -> None:
     assert world.metrics.of("hold") == [(pytest.approx(2.0),)]
     assert world.metrics.of("held") == [(1,), (0,)]
     assert world.metrics.of("refused") == [("poison",)]
+
+
+def test_a_redirect_that_is_through_is_told_once_with_all_about_it(world: World) -> None:
+    world.lose("a", "b")
+    world.events.redirected("a", group=1, epoch=7, delivered_tokens=1)
+    world.now += 0.5
+    redirect = world.events.resumed("a", 40, 7)
+    assert redirect == Redirect(0, 3, 1, 7, "rank0 killed by SIGKILL", "signal", pytest.approx(0.52), 40, 7)
+    assert world.events.resumed("a", 40, 7) is None
+    assert world.events.history()[0]["pending"] == 1
+
+
+def test_stalls_of_a_failover_while_it_goes_on_and_after(world: World) -> None:
+    rids = [str(i) for i in range(5)]
+    world.lose(*rids)
+    assert world.events.history()[0]["stall_ms"] is None
+    for number, rid in enumerate(rids):
+        world.events.redirected(rid, group=1, epoch=7, delivered_tokens=1)
+        world.now += 0.1
+        world.events.resumed(rid, 1, 0)
+        assert world.events.history()[0]["stall_ms"]["max"] == pytest.approx(20 + 100 * (number + 1))
+    assert world.events.history()[0]["stall_ms"] == {"p50": pytest.approx(320), "max": pytest.approx(520)}
 
 
 def test_failover_without_requests_is_written_at_once(world: World, lines: Any) -> None:
