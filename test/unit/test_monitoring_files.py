@@ -70,6 +70,49 @@ def test_prometheus_takes_the_files(tmp_path: Path) -> None:
         assert result.returncode == 0, result.stdout + result.stderr
 
 
+def test_alerts_fire_when_they_should(tmp_path: Path) -> None:
+    """Groups 0 and 1 serve, 2 stands by. Then 2 takes the place of 0; then 1 is lost too; then all are."""
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("no promtool (Debian: apt-get install prometheus)")
+
+    def group(number: int, values: str) -> dict[str, str]:
+        return {"series": f'sglang_kevlar_group_ready{{instance="a",group="{number}"}}', "values": values}
+
+    def at(time: str, alert: str, fires: bool) -> dict[str, object]:
+        expected = [{"exp_labels": {"instance": "a", "severity": severity[alert]}}] if fires else []
+        return {"eval_time": time, "alertname": alert, "exp_alerts": expected}
+
+    rules = {rule["alert"]: rule for rule in monitoring.alerts()}
+    severity = {name: rule["labels"]["severity"] for name, rule in rules.items()}
+    # Without annotations, which the tool would compare as well.
+    bare = [{key: value for key, value in rule.items() if key != "annotations"} for rule in rules.values()]
+    (tmp_path / "rules.yml").write_text(json.dumps({"groups": [{"name": "g", "rules": bare}]}))
+    series = [
+        group(0, "1x20 0x80"),
+        group(1, "1x40 0x60"),
+        group(2, "0x20 1x40 0x40"),
+        {"series": 'sglang_kevlar_failovers_total{instance="a",group="0",cause="exit"}', "values": "0x20 5x80"},
+        {"series": 'sglang_kevlar_failovers_total{instance="a",group="1",cause="operator"}', "values": "0x20 9x80"},
+    ]
+    dying = {"eval_time": "24m", "alertname": "KevlarGroupsKeepDying"}
+    dying["exp_alerts"] = [{"exp_labels": {"instance": "a", "group": "0", "severity": "warning"}}]
+    cases = [
+        at("35m", "KevlarCapacityLost", False),
+        at("40m", "KevlarNoGroupServes", False),
+        at("55m", "KevlarCapacityLost", True),
+        at("55m", "KevlarNoGroupServes", False),
+        at("70m", "KevlarNoGroupServes", True),
+        dying,
+    ]
+    test = {"rule_files": ["rules.yml"], "evaluation_interval": "1m"}
+    test["tests"] = [{"interval": "1m", "input_series": series, "alert_rule_test": cases}]
+    (tmp_path / "test.yml").write_text(json.dumps(test))
+    command = [promtool, "test", "rules", str(tmp_path / "test.yml")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
 def test_the_job_is_the_one_of_the_alerts() -> None:
     config = yaml.safe_load((monitoring.DIRECTORY / "prometheus.yml").read_text())
     assert [job["job_name"] for job in config["scrape_configs"]] == ["sglang-kevlar"]
