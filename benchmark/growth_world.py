@@ -44,7 +44,7 @@ from sglang_kevlar.frontend.host import Host  # noqa: E402
 from sglang_kevlar.frontend.loads import GroupLoadReader  # noqa: E402
 from sglang_kevlar.frontend.outcome import RequestOutcome  # noqa: E402
 from sglang_kevlar.frontend.tokenizer_manager import KevlarTokenizerManager  # noqa: E402
-from sglang_kevlar.observability.events import HISTORY, FailoverEvents  # noqa: E402
+from sglang_kevlar.observability.events import HISTORY, FailoverEvents, Redirect  # noqa: E402
 from sglang_kevlar.observability.metrics import NoMetrics  # noqa: E402
 from sglang_kevlar.protocol.group import GroupReport, ProcessRef  # noqa: E402
 from sglang_kevlar.protocol.launch import KevlarArgs, LaunchPlan, Paths  # noqa: E402
@@ -308,6 +308,9 @@ class Frontend(Host):
         return "0"
 
     def group_lost(self, group: int, epoch: int) -> None:
+        pass
+
+    def redirect_through(self, rid: str, redirect: Redirect) -> None:
         pass
 
     # -- the groups

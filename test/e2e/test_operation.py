@@ -18,6 +18,8 @@ import pytest
 from cases import LONG_PROMPT, PROMPT, native
 from server import Server, free_port
 
+import monitoring
+
 
 @pytest.fixture(scope="module")
 def server(models: Path, tmp_path_factory: pytest.TempPathFactory):
@@ -236,6 +238,14 @@ def test_a_dead_frontend_finds_its_groups_running(server: Server) -> None:
     replace_frontend(server)
     assert [group["pids"] for group in server.status()["groups"]] == before, "groups did not outlive the frontend"
     assert CASE.run(server.url).status == 200
+
+
+@pytest.mark.timeout(600)
+def test_what_the_dashboard_and_the_alerts_ask_for_is_there(server: Server) -> None:
+    """After all of the above: what was never counted is not exposed."""
+    server.wait_ready()
+    assert CASE.run(server.url).status == 200
+    assert monitoring.missing(server.get("/metrics").text) == []
 
 
 def replace_frontend(server: Server) -> None:

@@ -35,7 +35,7 @@ from sglang_kevlar.frontend import requests as requests_module
 from sglang_kevlar.frontend.failover import FENCED_RID, Failover
 from sglang_kevlar.frontend.host import Host
 from sglang_kevlar.frontend.outcome import RequestOutcome
-from sglang_kevlar.observability.events import FailoverEvents
+from sglang_kevlar.observability.events import FailoverEvents, Redirect
 from sglang_kevlar.observability.metrics import NoMetrics
 from sglang_kevlar.protocol.launch import KevlarArgs, Paths
 from sglang_kevlar.worker.resume import ResumedGenerateReqInput
@@ -173,6 +173,12 @@ class Sim(Host):
 
     def content(self) -> str:
         return str(self.weights)
+
+    def redirect_through(self, rid: str, redirect: Redirect) -> None:
+        assert redirect.stall_s >= 0 and (redirect.from_group, redirect.from_epoch) != (
+            redirect.to_group,
+            redirect.to_epoch,
+        )
 
     def group_lost(self, group: int, epoch: int) -> None:
         self.fenced.add(group * 1024 + epoch)

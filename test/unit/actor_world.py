@@ -25,7 +25,7 @@ from sglang_kevlar.frontend import failover as failover_module
 from sglang_kevlar.frontend import requests as requests_module
 from sglang_kevlar.frontend.failover import Failover, Host
 from sglang_kevlar.frontend.outcome import RequestOutcome
-from sglang_kevlar.observability.events import FailoverEvents
+from sglang_kevlar.observability.events import FailoverEvents, Redirect
 from sglang_kevlar.observability.metrics import NoMetrics
 from sglang_kevlar.protocol.launch import KevlarArgs, Paths
 from sglang_kevlar.worker.resume import ShadowPlanReq
@@ -106,6 +106,9 @@ class World(Host):
         return "0"
 
     def group_lost(self, group: int, epoch: int) -> None:
+        pass
+
+    def redirect_through(self, rid: str, redirect: Redirect) -> None:
         pass
 
     # -- what tests do

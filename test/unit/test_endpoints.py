@@ -45,6 +45,9 @@ class Source:
     def kevlar_status(self) -> dict[str, Any]:
         return {"groups": [{"id": i, "state": state} for i, state in enumerate(self.states)], "failovers": []}
 
+    def kevlar_history(self, instance: str, after: int) -> dict[str, Any]:
+        return {"instance": instance, "seconds": [[after]]}
+
     def serves(self) -> bool:
         return "ready" in self.states
 
@@ -109,6 +112,18 @@ def call(app: FastAPI, *requests: tuple[str, str], key: str = "") -> list[httpx.
 
 def status(app: FastAPI, path: str) -> int:
     return call(app, ("GET", path))[0].status_code
+
+
+def test_history_is_asked_for_by_instance_and_second() -> None:
+    [known, new, wrong] = call(
+        serve(Source()),
+        ("GET", "/kevlar/history?instance=abc&after=12"),
+        ("GET", "/kevlar/history"),
+        ("GET", "/kevlar/history?after=soon"),
+    )
+    assert known.json() == {"instance": "abc", "seconds": [[12]]}
+    assert new.json() == {"instance": "", "seconds": [[-1]]}
+    assert wrong.status_code == 422
 
 
 HEALTH = ("/ready", "/health", "/health_generate")

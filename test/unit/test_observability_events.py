@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sglang_kevlar.observability.events import HISTORY, FailoverEvents
+from sglang_kevlar.observability.events import HISTORY, FailoverEvents, Redirect
 from sglang_kevlar.observability.metrics import NoMetrics
 
 
@@ -86,6 +86,7 @@ def test_one_line_per_failover_with_its_final_counts(world: World, lines: Any) -
             "redirected": 2,
             "recomputed_tokens": 530,
             "restored_tokens": 470,
+            "stall_ms": {"p50": 50.0, "max": 50.0},
             "held": 1,
             "refused": ["c"],
             "refused_count": 1,
@@ -96,11 +97,17 @@ def test_one_line_per_failover_with_its_final_counts(world: World, lines: Any) -
         {
             "at": "2023-11-14T22:13:20.250+00:00",
             "group": 0,
+            "epoch": 3,
             "cause": "rank0 killed by SIGKILL",
+            "kind": "signal",
             "detect_ms": 20.0,
             "redirected": 2,
             "recomputed_tokens": 530,
             "restored_tokens": 470,
+            "held": 1,
+            "refused": 1,
+            "pending": 0,
+            "stall_ms": {"p50": 50.0, "max": 50.0},
         }
     ]
     assert [(line["rid"], line["group"], line["delivered_tokens"]) for line in lines("redirect")] == [
@@ -126,6 +133,28 @@ def test_metrics_of_a_failover(world: World) -> None:
     assert world.metrics.of("hold") == [(pytest.approx(2.0),)]
     assert world.metrics.of("held") == [(1,), (0,)]
     assert world.metrics.of("refused") == [("poison",)]
+
+
+def test_a_redirect_that_is_through_is_told_once_with_all_about_it(world: World) -> None:
+    world.lose("a", "b")
+    world.events.redirected("a", group=1, epoch=7, delivered_tokens=1)
+    world.now += 0.5
+    redirect = world.events.resumed("a", 40, 7)
+    assert redirect == Redirect(0, 3, 1, 7, "rank0 killed by SIGKILL", "signal", pytest.approx(0.52), 40, 7)
+    assert world.events.resumed("a", 40, 7) is None
+    assert world.events.history()[0]["pending"] == 1
+
+
+def test_stalls_of_a_failover_while_it_goes_on_and_after(world: World) -> None:
+    rids = [str(i) for i in range(5)]
+    world.lose(*rids)
+    assert world.events.history()[0]["stall_ms"] is None
+    for number, rid in enumerate(rids):
+        world.events.redirected(rid, group=1, epoch=7, delivered_tokens=1)
+        world.now += 0.1
+        world.events.resumed(rid, 1, 0)
+        assert world.events.history()[0]["stall_ms"]["max"] == pytest.approx(20 + 100 * (number + 1))
+    assert world.events.history()[0]["stall_ms"] == {"p50": pytest.approx(320), "max": pytest.approx(520)}
 
 
 def test_failover_without_requests_is_written_at_once(world: World, lines: Any) -> None:

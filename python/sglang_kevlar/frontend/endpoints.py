@@ -14,6 +14,7 @@ from sglang.srt.environ import envs
 from sglang.srt.managers.tokenizer_manager import ServerStatus
 from sglang.srt.utils.auth import AuthLevel, auth_level
 
+from sglang_kevlar.frontend import page
 from sglang_kevlar.frontend.drains import DEFAULT_DEADLINE, MAX_DEADLINE
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,9 @@ class StatusSource(Protocol):
 
     def kevlar_status(self) -> dict[str, Any]:
         """The JSON of GET /kevlar/status."""
+
+    def kevlar_history(self, instance: str, after: int) -> dict[str, Any]:
+        """The JSON of GET /kevlar/history."""
 
     def serves(self) -> bool:
         """Whether a group takes requests now."""
@@ -148,9 +152,14 @@ def install(app: FastAPI, source: StatusSource, health_timeout: float) -> None:
     async def kevlar_status() -> Response:
         return JSONResponse(source.kevlar_status())
 
+    async def kevlar_history(instance: str = "", after: int = -1) -> Response:
+        return JSONResponse(source.kevlar_history(instance, after))
+
     for path in HEALTH_ROUTES:
         app.add_api_route(path, ready if path == "/ready" else health, methods=["GET"])
     app.add_api_route("/kevlar/status", kevlar_status, methods=["GET"])
+    app.add_api_route("/kevlar/history", kevlar_history, methods=["GET"])
+    page.install(app)
 
     async def drain(group: int, query: Mapping[str, str]) -> None:
         await source.drain_group(group, _deadline(query.get("deadline")))

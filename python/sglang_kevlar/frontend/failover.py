@@ -323,6 +323,7 @@ class Failover(Requests):
         mismatched: list[InFlight] = []
         refused: list[tuple[InFlight, Any]] = []
         recorded: dict[int, InFlight] = {}
+        now = time.monotonic()
         for i, wire_rid in enumerate(batch.rids):
             entry = self.journal.accept(wire_rid, channel.group, channel.epoch)
             if entry is None:
@@ -334,7 +335,7 @@ class Failover(Requests):
                 batch.rids[i] = FENCED_RID
                 continue
             try:
-                self._journal_output(request, batch, i)
+                self._journal_output(request, batch, i, now)
             except TextMismatch:
                 mismatched.append(request)
                 batch.rids[i] = FENCED_RID
@@ -369,7 +370,7 @@ class Failover(Requests):
         message = str(reason.get("message", "")).replace(attempt.wire_rid, request.entry.rid)
         self._refuse(request, Failure(500, message, "not_continuable"))
 
-    def _journal_output(self, request: InFlight, batch: BatchOutput, i: int) -> None:
+    def _journal_output(self, request: InFlight, batch: BatchOutput, i: int, now: float) -> None:
         entry = request.entry
         if isinstance(batch, BatchEmbeddingOutput):
             return
@@ -381,13 +382,18 @@ class Failover(Requests):
             batch.cached_tokens[i] = entry.cached_tokens
         else:
             entry.cached_tokens = batch.cached_tokens[i]
+        if request.waits_since is not None and len(tokens):
+            self.latency.tokens(now, now - request.waits_since, len(tokens), first=not entry.delivered)
+            request.waits_since = now
         self.journal.deliver(entry, tokens)
         entry.input_logprobs_sent = True
         if request.outcome is not None and len(tokens):
             request.outcome.first_token = True
         if entry.redirects and len(tokens):
             restored = entry.context_tokens - len(tokens) - request.recomputed_now
-            self.events.resumed(entry.rid, request.recomputed_now, restored)
+            redirect = self.events.resumed(entry.rid, request.recomputed_now, restored)
+            if redirect is not None:
+                self._host.redirect_through(entry.rid, redirect)
 
     # ---- requests that outlive a frontend ------------------------------------------------------------------------
 
@@ -450,6 +456,7 @@ class Failover(Requests):
                 self._end_aborted(request, AbortReq(rid=rid))
             else:
                 self.journal.go_on(entry)
+                request.waits_since = time.monotonic()
                 self.hold.hold(rid, time.monotonic(), redirected=True)
                 self._pump()
 

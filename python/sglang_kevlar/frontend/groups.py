@@ -108,6 +108,13 @@ class WorkerGroups:
             group["shadow"] = self._shadows.status(group["id"], group["epoch"])
         return groups if self.sessions is None else [*groups, *self.sessions.snapshot()]
 
+    def states(self) -> list[tuple[int, str, int]]:
+        """Id, state and epoch of each, of `snapshot`."""
+        states: list[tuple[int, str, int]] = [(g.id, g.state, g.epoch) for g in self.monitor.membership.groups]
+        if self.sessions is not None:
+            states += [(g.id, g.status, g.epoch) for _, g in sorted(self.sessions.table.groups.items())]
+        return states
+
     def shadow_gauges(self) -> dict[int, dict[str, float]]:
         """By group, of those that say something of their shadow: `observability.metrics.SHADOW_GAUGES`."""
         status = {group["id"]: group["shadow"] for group in self.snapshot()}

@@ -8,6 +8,7 @@ from sglang.srt.managers.io_struct import AbortReq, BatchEmbeddingOutput, BatchS
 
 from sglang_kevlar.control.membership import GroupReady
 from sglang_kevlar.frontend.channels import Channel
+from sglang_kevlar.observability.events import Redirect
 
 BatchOutput: TypeAlias = BatchStrOutput | BatchTokenIDOutput | BatchEmbeddingOutput
 
@@ -58,6 +59,10 @@ class Host:
 
     def content(self) -> str:
         """A name for the weights that all groups serve; another one after every change of them."""
+        raise NotImplementedError
+
+    def redirect_through(self, rid: str, redirect: Redirect) -> None:
+        """A request that was moved has its next token."""
         raise NotImplementedError
 
     def group_lost(self, group: int, epoch: int) -> None:

@@ -33,6 +33,8 @@ class InFlight:
         self.heir: int | None = None
         #: its last output was received; its client may already use its id again
         self.ended = False
+        #: since when its client waits for the next token (monotonic); None: not to be measured
+        self.waits_since: float | None = None
         #: tokens the group that continues it computed again
         self.recomputed_now = 0
         self._message = _journalled(message, journal_interval, entry.not_continuable is None)

@@ -22,6 +22,7 @@ from sglang_kevlar.frontend.in_flight import InFlight, TokenizedRequest, not_con
 from sglang_kevlar.frontend.kept.progress import Recorded
 from sglang_kevlar.frontend.outcome import Failure, RequestOutcome
 from sglang_kevlar.observability.events import FailoverEvents
+from sglang_kevlar.observability.latency import RollingLatency
 from sglang_kevlar.protocol.launch import KevlarArgs
 
 #: seconds a client is told to wait after a 503
@@ -45,6 +46,7 @@ class Requests:
         self.requests: dict[str, InFlight] = {}
         #: requests in flight that were moved: their answers say so
         self.redirected: set[str] = set()
+        self.latency = RollingLatency()
         self._tasks: set[asyncio.Task[None]] = set()
         #: more held requests are about to be given to groups
         self._pumping = False
@@ -81,6 +83,8 @@ class Requests:
             not_continuable=not_continuable(message),
         )
         request = InFlight(entry, message, outcome, self._args.journal_interval)
+        if pinned_group is None:
+            request.waits_since = time.monotonic()
         self.requests[entry.rid] = request
         if outcome is not None:
             outcome.rids[entry.rid] = None

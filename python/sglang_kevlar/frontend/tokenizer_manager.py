@@ -40,6 +40,7 @@ from sglang_kevlar.frontend.drains import Drains
 from sglang_kevlar.frontend.endpoints import GroupStateConflict, UnknownGroup, first_answer
 from sglang_kevlar.frontend.failover import Failover
 from sglang_kevlar.frontend.groups import WorkerGroups
+from sglang_kevlar.frontend.history import History, States
 from sglang_kevlar.frontend.host import BatchOutput, Host
 from sglang_kevlar.frontend.kept.registry import KeptRuns
 from sglang_kevlar.frontend.loads import GroupLoadReader
@@ -47,8 +48,9 @@ from sglang_kevlar.frontend.outcome import Failure, RequestOutcome, outcome_of
 from sglang_kevlar.frontend.peers import start as peers
 from sglang_kevlar.frontend.peers.kept import KeptPeers
 from sglang_kevlar.frontend.replay import RunTimeChanges
+from sglang_kevlar.frontend.tracing import redirect_span
 from sglang_kevlar.frontend.wire_check import Unsendable, check_request
-from sglang_kevlar.observability.events import FailoverEvents
+from sglang_kevlar.observability.events import FailoverEvents, Redirect
 from sglang_kevlar.observability.metrics import NoMetrics, PrometheusMetrics, forget_dead_processes
 from sglang_kevlar.protocol.launch import LaunchPlan, Paths
 from sglang_kevlar.worker.resume import register_wire_types
@@ -103,6 +105,7 @@ class KevlarTokenizerManager(TokenizerManager, Host):
             events=FailoverEvents(metrics),
             metrics=metrics,
         )
+        self.history = History(self.failover.latency, self._states)
         self.load_snapshot_reader = GroupLoadReader(self.plan, self.failover)
         self.drains = Drains(self.groups.drain, self.failover.move_away, self.failover._task_done)
 
@@ -133,6 +136,7 @@ class KevlarTokenizerManager(TokenizerManager, Host):
         self.groups.start()
         if self.identity is not None and self.groups.sessions is not None:
             self.peers = peers.start(self.plan, self.identity, self.groups.sessions, self.kept, self.app)
+        self.asyncio_tasks.add(asyncio.create_task(self.history.watch()))
         if self.enable_metrics:
             self.asyncio_tasks.add(asyncio.create_task(self._watch_shadows()))
         await self.failover.run()
@@ -242,6 +246,11 @@ class KevlarTokenizerManager(TokenizerManager, Host):
     def content(self) -> str:
         return self._changes.content
 
+    def redirect_through(self, rid: str, redirect: Redirect) -> None:
+        state = self.rid_to_state.get(rid) if self.enable_trace else None
+        if state is not None:
+            redirect_span(state.time_stats.trace_ctx, redirect)
+
     def group_lost(self, group: int, epoch: int) -> None:
         self._control.group_lost((group, epoch))
         if self.enable_metrics:
@@ -270,6 +279,19 @@ class KevlarTokenizerManager(TokenizerManager, Host):
 
     def _on_membership(self, event: Event) -> None:
         self.failover.on_event(event)
+        self.history.look()
+
+    def _states(self) -> States:
+        return [(group, self._state(group, state), epoch) for group, state, epoch in self.groups.states()]
+
+    def _state(self, group: int, state: str) -> str:
+        """``starting`` when its processes are ready and it is being brought up to date."""
+        channel = self.failover.channels.get(group)
+        return "starting" if state == "ready" and (channel is None or not channel.up_to_date) else state
+
+    def kevlar_history(self, instance: str, after: int) -> dict[str, Any]:
+        """The JSON of GET /kevlar/history."""
+        return self.history.json(instance, after)
 
     def kevlar_status(self) -> dict[str, Any]:
         """The JSON of GET /kevlar/status."""
@@ -278,8 +300,7 @@ class KevlarTokenizerManager(TokenizerManager, Host):
         running = Counter(r.entry.attempt.group for r in self.failover.requests.values() if r.entry.attempt is not None)
         for group in groups:
             channel = self.failover.channels.get(group["id"])
-            if group["state"] == "ready" and (channel is None or not channel.up_to_date):
-                group["state"] = "starting"  # its processes are ready; it is being brought up to date
+            group["state"] = self._state(group["id"], group["state"])
             # Until it is up to date a group may have other weights, and serves none.
             current = channel is not None and channel.up_to_date
             group["weight_version"] = self.config_value("weight_version") if current else None

@@ -19,6 +19,8 @@ from sglang_kevlar.observability.metrics import NoMetrics
 logger = logging.getLogger("sglang_kevlar.events")
 
 HISTORY = 256
+#: stalls of one failover that are kept until it is settled; with more its median is that of the first ones
+STALLS_KEPT = 4096
 #: ids come from clients; also bounds how many of them one line lists
 RID_CHARS = 128
 REFUSED_LISTED = 1000
@@ -41,17 +43,58 @@ class _Failover:
     restored_tokens: int = 0
     held: int = 0
     refused: list[str] = field(default_factory=list)
+    #: seconds, of those requests that have resumed; emptied when the line is written
+    stalls: list[float] = field(default_factory=list)
+    stall_max: float = 0.0
+    stall_ms: dict[str, float] | None = None
+
+    def resumed(self, stall_s: float) -> None:
+        self.stall_max = max(self.stall_max, stall_s)
+        if len(self.stalls) < STALLS_KEPT:
+            self.stalls.append(stall_s)
+
+    def stall(self) -> dict[str, float] | None:
+        """How long streams stood still, from the loss to their next token; None while none has gone on."""
+        if self.stall_ms is not None or not self.stalls:
+            return self.stall_ms
+        p50 = sorted(self.stalls)[len(self.stalls) // 2]
+        return {"p50": round(p50 * 1e3, 3), "max": round(self.stall_max * 1e3, 3)}
+
+    def settled(self) -> None:
+        self.stall_ms = self.stall()
+        self.stalls = []
 
     def status(self) -> dict[str, Any]:
         return {
             "at": datetime.fromtimestamp(self.at, UTC).isoformat(timespec="milliseconds"),
             "group": self.group,
+            "epoch": self.epoch,
             "cause": self.cause,
+            "kind": self.kind,
             "detect_ms": round(self.detect_ms, 3),
             "redirected": self.redirected,
             "recomputed_tokens": self.recomputed_tokens,
             "restored_tokens": self.restored_tokens,
+            "held": self.held,
+            "refused": len(self.refused),
+            "pending": len(self.pending),
+            "stall_ms": self.stall(),
         }
+
+
+@dataclass(frozen=True)
+class Redirect:
+    """One that is through: the request has its next token. Times are monotonic seconds of the events' clock."""
+
+    from_group: int
+    from_epoch: int
+    to_group: int
+    to_epoch: int
+    cause: str
+    kind: str
+    stall_s: float
+    recomputed_tokens: int
+    restored_tokens: int
 
 
 class FailoverEvents:
@@ -74,6 +117,8 @@ class FailoverEvents:
         self._history: OrderedDict[int, _Failover] = OrderedDict()
         self._count = 0
         self._failover_of: dict[str, int] = {}
+        #: of those pending, where they were sent: group, epoch
+        self._sent_to: dict[str, tuple[int, int]] = {}
         self._held_since: dict[str, float] = {}
 
     def failover(self, *, group: int, epoch: int, cause: str, kind: str, detect_ms: float, rids: Iterable[str]) -> None:
@@ -92,6 +137,7 @@ class FailoverEvents:
             _, oldest = self._history.popitem(last=False)
             for rid in oldest.pending:
                 del self._failover_of[rid]
+                self._sent_to.pop(rid, None)
             if oldest.pending:
                 self._write(oldest)
 
@@ -102,6 +148,7 @@ class FailoverEvents:
         if record is None:
             return
         record.redirected += 1
+        self._sent_to[rid] = (group, epoch)
         self._metrics.redirect(record.group)
         _log(
             logging.INFO,
@@ -114,18 +161,25 @@ class FailoverEvents:
             delivered_tokens=delivered_tokens,
         )
 
-    def resumed(self, rid: str, recomputed_tokens: int, restored_tokens: int) -> None:
+    def resumed(self, rid: str, recomputed_tokens: int, restored_tokens: int) -> Redirect | None:
         """The first token of a redirected request after its redirect. Others are ignored, at the cost of a lookup.
 
         ``restored_tokens``: of its context, those whose KV the group found: in its shadow store or in its own tree.
         """
         record = self._record(rid)
         if record is None:
-            return
+            return None
         record.recomputed_tokens += recomputed_tokens
         record.restored_tokens += restored_tokens
-        self._metrics.resumed(self._clock() - record.lost_at, recomputed_tokens, restored_tokens)
+        stall_s = self._clock() - record.lost_at
+        record.resumed(stall_s)
+        self._metrics.resumed(stall_s, recomputed_tokens, restored_tokens)
+        sent_to = self._sent_to.get(rid)
         self._settle(rid)
+        if sent_to is None:
+            return None
+        lost, why = (record.group, record.epoch), (record.cause, record.kind)
+        return Redirect(*lost, *sent_to, *why, stall_s, recomputed_tokens, restored_tokens)
 
     def held(self, rid: str) -> None:
         """The request waits for a group; of a lost group or new."""
@@ -165,6 +219,7 @@ class FailoverEvents:
                 self._write(record)
                 record.pending.clear()
         self._failover_of.clear()
+        self._sent_to.clear()
 
     def _record(self, rid: str) -> _Failover | None:
         number = self._failover_of.get(rid)
@@ -174,6 +229,7 @@ class FailoverEvents:
         number = self._failover_of.pop(rid, None)
         if number is None:
             return
+        self._sent_to.pop(rid, None)
         record = self._history[number]
         record.pending.discard(rid)
         if not record.pending:
@@ -186,6 +242,7 @@ class FailoverEvents:
             self._metrics.held(len(self._held_since))
 
     def _write(self, record: _Failover) -> None:
+        record.settled()
         _log(
             logging.WARNING,
             event="failover",
@@ -197,6 +254,7 @@ class FailoverEvents:
             redirected=record.redirected,
             recomputed_tokens=record.recomputed_tokens,
             restored_tokens=record.restored_tokens,
+            stall_ms=record.stall_ms,
             held=record.held,
             refused=[rid[:RID_CHARS] for rid in record.refused[:REFUSED_LISTED]],
             refused_count=len(record.refused),

@@ -225,7 +225,7 @@ _FRONTEND_SEAMS = (
         passes="server_args port_args",
         fields="_result_dispatcher rid_to_state asyncio_tasks gracefully_exit server_status last_receive_tstamp "
         "is_generation enable_metrics load_snapshot_reader recv_from_detokenizer send_to_scheduler "
-        "tokenizer_ipc_name event_loop _server_stop_hook",
+        "tokenizer_ipc_name event_loop _server_stop_hook enable_trace",
     ),
     *_methods(
         _TOKENIZER_MANAGER,
@@ -258,6 +258,16 @@ _FRONTEND_SEAMS = (
     _seam("srt.constants:HEALTH_CHECK_RID_PREFIX", _FRONTEND),
     _seam("srt.utils.auth:AuthLevel", _FRONTEND, fields="ADMIN_OPTIONAL"),
     _seam("srt.utils.auth:auth_level", _FRONTEND, signature="level"),
+    _seam(
+        "srt.observability.trace:TraceSliceContext",
+        _FRONTEND,
+        passes="slice_name start_time_ns end_time_ns level attrs",
+    ),
+    _seam("srt.observability.trace:TraceReqContext.trace_slice", _FRONTEND, passes="slice thread_finish_flag"),
+    _seam("srt.observability.trace:TraceReqContext.rebuild_thread_context", _FRONTEND, passes="ts"),
+    _seam("srt.observability.trace_async:TraceReqContextAsync.trace_slice", _FRONTEND, passes="thread_finish_flag"),
+    _seam("srt.observability.trace_async:TraceReqContextAsync.rebuild_thread_context", _FRONTEND, passes="ts"),
+    _seam("srt.observability.req_time_stats:ReqTimeStatsBase", _FRONTEND, fields="trace_ctx"),
     _seam("srt.environ:envs", _FRONTEND),
     _seam(
         "srt.environ:Envs",
