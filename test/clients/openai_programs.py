@@ -104,7 +104,13 @@ def completions_stream(url: str) -> Any:
 
 def tools(url: str) -> Any:
     answer = client(url).chat.completions.create(
-        model=MODEL, messages=CHAT, tools=TOOLS, tool_choice="required", temperature=0, max_tokens=600
+        model=MODEL,
+        messages=CHAT,
+        tools=TOOLS,
+        tool_choice="required",
+        parallel_tool_calls=False,
+        temperature=0,
+        max_tokens=600,
     )
     calls = [(call.function.name, json.loads(call.function.arguments)) for call in answer.choices[0].message.tool_calls]
     assert calls
@@ -113,7 +119,13 @@ def tools(url: str) -> Any:
 
 def tools_stream(url: str) -> Any:
     stream = client(url).chat.completions.stream(
-        model=MODEL, messages=CHAT, tools=TOOLS, tool_choice="required", temperature=0, max_tokens=600
+        model=MODEL,
+        messages=CHAT,
+        tools=TOOLS,
+        tool_choice="required",
+        parallel_tool_calls=False,
+        temperature=0,
+        max_tokens=600,
     )
     with stream as events:
         for _ in events:
