@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 from collections.abc import Callable
 from typing import Any
@@ -52,6 +53,7 @@ _SCHEMA["additionalProperties"] = False
 JSON_SCHEMA = {"type": "json_schema", "json_schema": {"name": "city", "schema": _SCHEMA, "strict": True}}
 
 
+@functools.cache  # to make one takes longer than a short answer
 def client(url: str) -> openai.OpenAI:
     # No retries: a request that is sent again would hide that it was lost.
     return openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0, timeout=60)

@@ -1,6 +1,8 @@
 """Clients as they are, through the death of the group that works for them: what they see is what they would have seen.
 
 Each program is run undisturbed and again through a SIGKILL of a rank at a random moment; docs/clients.md lists them.
+
+    ./scripts/test test/clients/test_clients.py -m "slow or not slow"
 """
 
 from __future__ import annotations
@@ -45,17 +47,25 @@ def seed(name: str) -> int:
     return zlib.crc32(name.encode())
 
 
-@pytest.mark.parametrize("name", openai_programs.PROGRAMS)
+#: of each client those that differ most are in the short run
+LONGER = {"completions", "tools", "json_schema", "responses", "choices"}
+
+
+def names(programs: dict[str, Any]) -> list[Any]:
+    return [pytest.param(name, marks=[pytest.mark.slow] if name in LONGER else []) for name in programs]
+
+
+@pytest.mark.parametrize("name", names(openai_programs.PROGRAMS))
 def test_openai(server: Server, watched: Watched, name: str) -> None:
     same_through_a_kill(watched, lambda: openai_programs.PROGRAMS[name](server.url), seed(name))
 
 
-@pytest.mark.parametrize("name", anthropic_programs.PROGRAMS)
+@pytest.mark.parametrize("name", names(anthropic_programs.PROGRAMS))
 def test_anthropic(server: Server, watched: Watched, name: str) -> None:
     same_through_a_kill(watched, lambda: anthropic_programs.PROGRAMS[name](server.url), seed(name))
 
 
-@pytest.mark.parametrize("name", language_programs.PROGRAMS)
+@pytest.mark.parametrize("name", names(language_programs.PROGRAMS))
 def test_the_frontend_language(server: Server, watched: Watched, name: str) -> None:
     language_programs.sgl.set_default_backend(language_programs.sgl.RuntimeEndpoint(server.url))
     try:
@@ -65,7 +75,7 @@ def test_the_frontend_language(server: Server, watched: Watched, name: str) -> N
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
-@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
+@pytest.mark.parametrize("stream", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["stream", "whole"])
 def test_curl(server: Server, watched: Watched, stream: bool) -> None:
     body = {"text": "def main():", "stream": stream}
     body["sampling_params"] = {"temperature": 0, "max_new_tokens": 300, "ignore_eos": True}
