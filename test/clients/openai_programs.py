@@ -120,14 +120,10 @@ def tools(url: str) -> Any:
 
 
 def tools_stream(url: str) -> Any:
+    # By name: told only that a tool is required, a model with random weights does not stop behind the call.
+    named = {"type": "function", "function": {"name": "lookup"}}
     stream = client(url).chat.completions.stream(
-        model=MODEL,
-        messages=CHAT,
-        tools=TOOLS,
-        tool_choice="required",
-        parallel_tool_calls=False,
-        temperature=0,
-        max_tokens=600,
+        model=MODEL, messages=CHAT, tools=TOOLS, tool_choice=named, temperature=0, max_tokens=600
     )
     with stream as events:
         for _ in events:

@@ -18,11 +18,17 @@ from kills import Kills, Watched
 from server import Server
 
 PROMPTS, TOKENS = 150, 64
-#: `python -m sglang.bench_serving`, where torch and torchvision do not fit each other, as on a CPU
-START = (
-    "from sglang_kevlar.platform import torchvision_shim; torchvision_shim.install(); "
-    "import runpy; runpy.run_module('sglang.bench_serving', run_name='__main__', alter_sys=True)"
-)
+#: `python -m sglang.bench_serving` in the installation without CUDA: torch and torchvision do not fit each other, and
+#: `datasets` is missing, which it imports and needs for data sets that we do not ask for
+START = """
+import importlib.util, runpy, sys, types
+from sglang_kevlar.platform import torchvision_shim
+torchvision_shim.install()
+if importlib.util.find_spec("datasets") is None:
+    sys.modules["datasets"] = types.ModuleType("datasets")
+    sys.modules["datasets"].load_dataset = None
+runpy.run_module("sglang.bench_serving", run_name="__main__", alter_sys=True)
+"""
 
 
 @pytest.fixture(scope="module")
