@@ -57,7 +57,7 @@ def select() -> Any:
     state = _chosen.run(temperature=0)
     names = [f"{kind} {number}" for kind in ("choice", "line", "other choice") for number in range(4)]
     decided = state.get_meta_info("choice 3")["normalized_prompt_logprobs"]
-    return state.text(), [state[name] for name in names], [round(value, 2) for value in decided]
+    return state.text(), [state[name] for name in names], decided
 
 
 @sgl.function

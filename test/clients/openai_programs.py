@@ -85,8 +85,7 @@ def chat_stream(url: str) -> Any:
 
 
 def _tokens(logprobs: Any) -> list[tuple[str, float]]:
-    # To a hundredth: what is computed in another order differs behind that in float32.
-    return [] if logprobs is None else [(entry.token, round(entry.logprob, 2)) for entry in logprobs.content]
+    return [] if logprobs is None else [(entry.token, entry.logprob) for entry in logprobs.content]
 
 
 def completions(url: str) -> Any:
