@@ -68,9 +68,6 @@ def test_every_request_is_whole(server: Server, models: Path, tmp_path: Path, ba
     watched.wait_whole()
     moved = watched.redirected() - before
     print(f"{backend}: {killed['completed']} of {PROMPTS}, {kills.count} kills, {moved} requests moved")
-    print(
-        *(f"{name}: {undisturbed[name]:.1f} -> {killed[name]:.1f}" for name in ("p99_itl_ms", "max_itl_ms")), sep=", "
-    )
     assert kills.count > 2 and moved
     for result in (undisturbed, killed):
         assert result["completed"] == PROMPTS and not any(result["errors"])
