@@ -25,6 +25,7 @@ patches.install()
 torchvision_shim.install()
 
 from sglang_kevlar.frontend.groups_engine import GroupsEngine  # noqa: E402
+from sglang_kevlar.frontend.language import EngineBackend  # noqa: E402
 from sglang_kevlar.frontend.main import load_upstream  # noqa: E402
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ class Engine(GroupsEngine):
 
     def __init__(self, **kwargs: Any) -> None:
         self._launcher: subprocess.Popen[bytes] | None = None
+        self._language: EngineBackend | None = None
         kwargs.setdefault("log_level", "error")
         self._start_groups(to_flags(kwargs))
         try:
@@ -54,6 +56,13 @@ class Engine(GroupsEngine):
         except BaseException:
             self._stop_groups()
             raise
+
+    @property
+    def endpoint(self) -> EngineBackend:
+        """For programs in SGLang's frontend language: ``sglang.set_default_backend(engine)`` looks for this."""
+        if self._language is None:
+            self._language = EngineBackend(self)
+        return self._language
 
     def _start_groups(self, flags: list[str]) -> None:
         # Errors of our own flags, here rather than in a child.
@@ -92,6 +101,9 @@ class Engine(GroupsEngine):
             launcher.wait()
 
     def shutdown(self) -> None:
+        language, self._language = self._language, None
+        if language is not None:
+            language.close()
         if self._launcher is not None:
             manager = self.tokenizer_manager
             if manager is not None:

@@ -276,6 +276,29 @@ _FRONTEND_SEAMS = (
     ),
 )
 
+#: of programs in the frontend language
+_LANGUAGE_SEAMS = (
+    _seam("lang.backend.base_backend:BaseBackend", _FRONTEND, signature=""),
+    _seam("lang.backend.base_backend:BaseBackend.flush_cache", _FRONTEND, signature="self"),
+    _seam("lang.backend.base_backend:BaseBackend.get_server_info", _FRONTEND, signature="self"),
+    _seam("lang.backend.base_backend:BaseBackend.generate", _FRONTEND, signature="self s sampling_params"),
+    _seam("lang.backend.base_backend:BaseBackend.generate_stream", _FRONTEND, signature="self s sampling_params"),
+    *_methods(
+        "lang.backend.runtime_endpoint:RuntimeEndpoint",
+        _FRONTEND,
+        cache_prefix="prefix_str",
+        commit_lazy_operations="s",
+        fill_image="s",
+        _generate_http_request="s data",
+        _add_images="s data",
+        _handle_dtype_to_regex="sampling_params",
+    ),
+    _seam("lang.backend.runtime_endpoint:RuntimeEndpoint", _FRONTEND, fields="select model_info chat_template"),
+    _seam("lang.chat_template:get_chat_template_by_model_path", _FRONTEND, signature="model_path"),
+    _seam("lang.global_config:global_config", _FRONTEND),
+    _seam("lang.ir:SglSamplingParams.to_srt_kwargs", _FRONTEND, signature="self"),
+)
+
 _SCHEDULER = "srt.managers.scheduler:Scheduler"
 _REQ = "srt.managers.schedule_batch:Req"
 _BATCH = "srt.managers.schedule_batch:ScheduleBatch"
@@ -604,6 +627,7 @@ SEAMS: tuple[Seam, ...] = (
     *_START,
     *_IPC,
     *_FRONTEND_SEAMS,
+    *_LANGUAGE_SEAMS,
     *_REFORM_SEAMS,
     *_WORKER_SEAMS,
     *_SHADOW_SEAMS,
