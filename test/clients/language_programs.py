@@ -62,7 +62,7 @@ def select() -> Any:
 
 @sgl.function
 def _decided(s: Any) -> None:
-    # Upstream's two other ways to choose fail in the client, whatever the server (docs/clients.md).
+    # Upstream's two other ways to choose fail in the client without any fault (docs/clients.md).
     s += "The answer is "
     s += sgl.gen("first", choices=["42", "forty two", "unknown"], choices_method=sgl.token_length_normalized)
     s += sgl.gen("more", max_tokens=TOKENS, ignore_eos=True)
