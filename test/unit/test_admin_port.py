@@ -18,6 +18,7 @@ pytest.importorskip("sglang")
 from fastapi import FastAPI  # noqa: E402
 from sglang.srt.utils.auth import add_api_key_middleware  # noqa: E402
 
+from sglang_kevlar.frontend import page  # noqa: E402
 from sglang_kevlar.frontend.admin_port import AdminPort, is_operators  # noqa: E402
 from sglang_kevlar.protocol.launch import KevlarArgs  # noqa: E402
 
@@ -29,7 +30,8 @@ ARGS = SimpleNamespace(
 
 def made(port: int) -> tuple[FastAPI, AdminPort]:
     app = FastAPI()
-    for path in ("/kevlar/", "/kevlar/status", "/metrics", "/kevlar/requests/{rid}", "/health", "/generate"):
+    page.install(app)
+    for path in ("/kevlar/status", "/metrics", "/kevlar/requests/{rid}", "/health", "/generate"):
         app.add_api_route(path, lambda: "here", methods=["GET"])
     add_api_key_middleware(app, api_key="user", admin_api_key=None)
     return app, AdminPort(app, plan(KevlarArgs(admin_port=port)), ARGS)
@@ -62,11 +64,13 @@ def test_two_ports() -> None:
         public: Any = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x", headers=key)
         private = httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", headers=key)
         async with public, private:
-            for path in ("/kevlar/", "/kevlar/status", "/metrics"):
+            for path in ("/kevlar/status", "/metrics"):
                 assert (await public.get(path)).status_code == 404
                 assert (await private.get(path)).json() == "here"
             for path in ("/kevlar/requests/r", "/health", "/generate"):
                 assert (await public.get(path)).status_code == 200
+            assert (await public.get("/kevlar/")).status_code == 404
+            assert (await private.get("/kevlar/")).headers["content-type"].startswith("text/html")
             assert (await private.get("/kevlar/status", headers={"authorization": "none"})).status_code == 401
         await admin.close()
         with socket.socket() as gone:

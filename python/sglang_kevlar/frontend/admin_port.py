@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import uvicorn
-from starlette.middleware import Middleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -71,7 +70,9 @@ class AdminPort:
         except OSError as error:
             self._socket.close()
             raise OSError(f"--admin-port: cannot listen on {host} port {port}: {error.strerror or error}") from error
-        app.user_middleware.insert(0, Middleware(AdminGate))
+        # Around the whole stack: the page is answered in front of all middleware.
+        build = app.build_middleware_stack
+        app.build_middleware_stack = lambda: AdminGate(build())
         config = uvicorn.Config(
             self._marked,
             interface="asgi3",
