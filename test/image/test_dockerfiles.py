@@ -36,10 +36,12 @@ def test_both_images_are_made_by_the_same_steps() -> None:
 
 
 def test_images_have_the_upstream_that_is_supported() -> None:
-    newest = SUPPORTED[-1]
-    assert f"ARG BASE=lmsysorg/sglang:v{newest}\n" in CUDA.read_text()
-    assert f"ARG UPSTREAM={newest}\n" in common(CUDA)
-    assert f"sglang=={newest}\n" in (REPOSITORY / "scripts/requirements-cpu-nodeps.txt").read_text()
+    pinned = re.search(
+        r"^sglang==(\S+)$", (REPOSITORY / "scripts/requirements-cpu-nodeps.txt").read_text(), re.MULTILINE
+    )
+    assert pinned is not None and pinned[1] in SUPPORTED
+    assert f"ARG BASE=lmsysorg/sglang:v{pinned[1]}\n" in CUDA.read_text()
+    assert f"ARG UPSTREAM={pinned[1]}\n" in common(CUDA)
 
 
 def test_one_version_everywhere() -> None:
@@ -103,7 +105,7 @@ SERVICES = yaml.safe_load(interpolated(COMPOSE))["services"]
 
 def known_flags(module: str) -> set[str]:
     if module == "sglang_kevlar.launch_server":
-        return {*config.options(KevlarArgs.__struct_fields__), *map(option, known_fields(SUPPORTED[-1]))}
+        return {*config.options(KevlarArgs.__struct_fields__), *map(option, known_fields())}
     done = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-1000:]
     return set(re.findall(r"(?<![\w-])--[a-z0-9-]+", done.stdout))
