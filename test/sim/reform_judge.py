@@ -16,6 +16,8 @@ _QUIT_WITHIN = 2.0
 _STRIKES = 2
 #: looks within which a member of a starting epoch is found to be stopped
 _STOPPED_LOOKS = 30
+#: looks within which an epoch that serves is over once a member of it does not
+_BROKEN_LOOKS = 120
 #: so many requests to leave may be lost before a rank need not have left
 _UNHEARD = 5
 
@@ -33,6 +35,7 @@ class Judge:
         self._quit: tuple[int, float] | None = None
         self._jumped_at = self._ended_at = 0.0
         self._stopped_looks: dict[int, int] = {}
+        self._broken_looks = 0
 
     def begun(self, members: Mapping[str, Process], there: Mapping[str, Process], reformed: bool, now: float) -> None:
         """An epoch of these; ``there``: the spares that there were."""
@@ -80,10 +83,13 @@ class Judge:
         able = process.leaving and not process.struck and process.unheard < _UNHEARD
         assert not able or self._jumped_at >= self._ended_at, "a rank that could leave was killed"
 
-    def look(self, starting: Collection[Process], epoch: int | None, now: float) -> None:
-        """``starting``: members of an epoch that is; ``epoch``: that has not ended."""
+    def look(self, members: Collection[Process], phase: str, epoch: int | None, now: float) -> None:
+        """``epoch``: that has not ended."""
         if self._quit is not None and self._quit[0] == epoch:
             assert now <= self._quit[1] + self._step, "the end that a member asked for does not come"
-        halted = {process.pid for process in starting if process.halted and process.alive}
+        halted = {member.pid for member in members if phase == "starting" and member.halted and member.alive}
         self._stopped_looks = {pid: self._stopped_looks.get(pid, 0) + 1 for pid in halted}
         assert max(self._stopped_looks.values(), default=0) <= _STOPPED_LOOKS, "stopped in a start, and not found"
+        broken = phase == "ready" and any(m.state != "serving" or m.hung or m.halted for m in members)
+        self._broken_looks = self._broken_looks + 1 if broken else 0
+        assert self._broken_looks <= _BROKEN_LOOKS, "an epoch goes on in which somebody does not serve"

@@ -265,7 +265,7 @@ class Group(Course[Process]):
         self.world.trace.append((self.world.now, text))
 
     def _start(self) -> None:
-        spares = {seat: spare for seat, spare in self._spares.items() if spare.alive}
+        spares = {each.name: each for each in self.world.processes if each.alive and not each.told}
         super()._start()
         self.world.judge.begun(self._members, spares, self.reformed, self.world.now)
 
@@ -452,8 +452,7 @@ class World:
             if process.alive and process.in_epoch:
                 assert process.epoch == course._epoch, "a process of an epoch that is over"
         assert course._exit_status == 0
-        starting = course._members.values() if course._phase == "starting" else ()
-        self.judge.look(starting, None if course._ending else course._epoch, self.now)
+        self.judge.look(course._members.values(), course._phase, None if course._ending else course._epoch, self.now)
 
     def quiet(self) -> None:
         """Nothing fails any more: the group serves in time, and ends when it is told to."""
