@@ -6,14 +6,12 @@ import os
 import signal
 
 from sglang_kevlar.control.detection import CpuTime
+from sglang_kevlar.launcher.process import DYING
 from sglang_kevlar.protocol.group import ProcessRef
 from sglang_kevlar.protocol.heartbeat import Heartbeat
 from sglang_kevlar.worker.heartbeat import HeartbeatReader
 
 _TICK = 1.0 / os.sysconf("SC_CLK_TCK")
-#: task flags of /proc/PID/stat: a fatal signal was taken, or exit has begun. The pidfd only tells when exit is
-#: complete, which for a process with much memory, or one that writes a core file, is seconds later.
-_DYING = 0x4 | 0x400  # PF_EXITING, PF_SIGNALED
 #: pidfd_open(2): a handle to a thread, readable when that thread has ended (Linux 6.9)
 _PIDFD_THREAD = os.O_EXCL
 #: threads watched per process. The last one to end frees the memory, so one alone could be late.
@@ -130,7 +128,7 @@ class ProcessWatch:
 
     @staticmethod
     def _is_dead(fields: list[bytes]) -> bool:
-        return fields[0] in (b"Z", b"X") or bool(int(fields[6]) & _DYING)
+        return fields[0] in (b"Z", b"X") or bool(int(fields[6]) & DYING)
 
 
 def _split_stat(data: bytes) -> list[bytes]:

@@ -32,8 +32,14 @@ class ProcessId(NamedTuple):
     start_ticks: int
 
 
+#: task flags of /proc/PID/stat: a fatal signal was taken, or exit has begun. The pidfd only tells when exit is
+#: complete, which for a process with much memory, or one that writes a core file, is seconds later.
+DYING = 0x4 | 0x400  # PF_EXITING, PF_SIGNALED
+
+
 class _Stat(NamedTuple):
     state: str
+    flags: int
     session: int
     start_ticks: int
 
@@ -46,7 +52,7 @@ def _stat(pid: int) -> _Stat | None:
         return None
     # The second field, the name, may contain anything; what follows its last ")" is plain.
     fields = content[content.rindex(b")") + 2 :].split()
-    return _Stat(fields[0].decode(), int(fields[3]), int(fields[19]))
+    return _Stat(fields[0].decode(), int(fields[6]), int(fields[3]), int(fields[19]))
 
 
 def identify(pid: int) -> ProcessId | None:
@@ -114,9 +120,9 @@ class Child:
         return stat is not None and stat.state == "T"
 
     def ending(self) -> bool:
-        """Whether its first thread has ended. A large process under load takes longer until all of it has."""
+        """Whether it is dead, or cannot but die: until all of a large process has ended takes longer, under load."""
         stat = _stat(self.pid)
-        return stat is None or stat.state in "ZX"
+        return stat is None or stat.state in "ZX" or bool(stat.flags & DYING)
 
     def kill(self) -> None:
         """SIGKILL the process, and ask what it started to end.
