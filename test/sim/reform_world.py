@@ -10,15 +10,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from faults import Faults
+from reform_judge import Judge
 
 from sglang_kevlar.control.course import Course
 from sglang_kevlar.control.reforming import LEAVE_WITHIN
+from sglang_kevlar.protocol.group import REPORT_INTERVAL
 from sglang_kevlar.protocol.launch import KevlarArgs
 
 ARGS = KevlarArgs(start_timeout=40.0, restart_backoff=0.5, restart_backoff_max=4.0, stop_grace=0.25)
 SEATS = ("rank0", "rank1", "detokenizer")
 SPARES = ("rank0", "rank1")
 STEPS = 2500
+#: why the frontend ends an epoch
+FENCE, RESTART = "the frontend gave it up", "restart"
 STEP = 0.05
 #: seconds after which the frontend gives an epoch up in which somebody hangs or is stopped
 FOUND_WITHIN = 3.0
@@ -57,6 +61,9 @@ class Process:
         self.seen_at = 0.0
         #: a fault has struck it: nothing is expected of it any more
         self.struck = False
+        #: its loop failed for a reason of its own; and requests to leave that it did not hear
+        self.broke = False
+        self.unheard = 0
         self.outbox: deque[dict[str, Any]] = deque()
         # what the supervisor has in hand
         self.told = 0
@@ -76,6 +83,7 @@ class Process:
 
     def kill(self) -> None:
         if self.alive:
+            self.world.judge.killed(self)
             self.die(by_itself=False)
 
     def ending(self) -> bool:
@@ -86,7 +94,9 @@ class Process:
 
     def ask_to_leave(self) -> None:
         # A signal; one that comes when nobody listens for it is lost.
-        self.asked = self.asked or self.state == "serving"
+        if self.state == "serving" and not self.asked:
+            self.asked = not self.world.faults.strike("request not heard", 0.1)
+            self.unheard += not self.asked
 
     def die(self, by_itself: bool) -> None:
         self.state, self.by_itself = "dead", by_itself
@@ -160,7 +170,7 @@ class Process:
             self.asked = False
             self.state, self.left = "leaving", self.world.faults.random.uniform(0.0, LEAVES)
         elif self.is_rank and self.world.faults.strike("loop fails", 0.0005):
-            self.struck = True
+            self.struck = self.broke = True
             self.error = "an error in its loop"
             self.state, self.left = "leaving", 0.0
 
@@ -201,6 +211,8 @@ class Group(Course[Process]):
         self.warm = Warmth()
         self.next = 0
         self.gone = 0
+        #: at the latest; as a supervisor sleeps
+        self.wakes_at = 0.0
         super().__init__(
             ARGS,
             SEATS,
@@ -252,6 +264,11 @@ class Group(Course[Process]):
     def _log(self, text: str) -> None:
         self.world.trace.append((self.world.now, text))
 
+    def _start(self) -> None:
+        spares = {each.name: each for each in self.world.processes if each.alive and not each.told}
+        super()._start()
+        self.world.judge.begun(self._members, spares, self.reformed, self.world.now)
+
     def _quit_cause(self) -> str:
         return "SIGQUIT"
 
@@ -260,28 +277,35 @@ class Group(Course[Process]):
         members = list(self._members.values())
         dead = any(not member.alive for member in members)
         well = {p.pid for p in members if p.alive and p.can_leave and not p.struck}
+        by = "restart" if cause == RESTART else "fence" if cause == FENCE else ""
+        by = "failed" if "scheduler failed" in cause else by
+        self.world.judge.ended(members, self.world.processes, served, how.get("by_itself", True), by, self.world.now)
         super()._end_epoch(cause, **how)
         self.world.on_end(served, planned, well if dead else set())
 
     # ---- its loop
 
     def turn(self) -> None:
+        ended = [m for m in self._all() if not m.alive and self.world.now >= m.seen_at]
+        # Its word may be late.
+        heard = [m for m in self._all() if m.outbox and not self.world.faults.chance(0.2)]
+        if not ended and not heard and self.world.now < self.wakes_at:
+            return
         if self.world.now >= self._start_at():
             self._start()
-        for member in self._all():
-            if not self.world.faults.chance(0.2):  # its word is late
-                self._hear(member)
-        for member in self._all():
-            if not member.alive and self.world.now >= member.seen_at:
-                self._hear(member)
-                member.state = "reaped"
-                self._on_dead(member, f"{member.name} ended", by_itself=member.by_itself, hopeless=False)
-                self._gone_if_empty()
-        if self.world.now >= self._next_deadline():
-            self._check_deadlines()
+        for member in heard:
+            self._hear(member)
+        for member in ended:
+            self._hear(member)
+            member.state = "reaped"
+            self._on_dead(member, f"{member.name} ended", by_itself=member.by_itself, hopeless=False)
+            self._gone_if_empty()
+        self._check_deadlines()
+        self.wakes_at = min(self._next_deadline(), self.world.now + REPORT_INTERVAL)
 
     def shut_down(self) -> None:
         self._on_shutdown()
+        self.wakes_at = 0.0
         for member in self._all():
             member.halted = member.hung = False
 
@@ -312,6 +336,7 @@ class World:
         self.kept = self.reforms = self.readies = 0
         #: when the frontend gives up the epoch that it found broken
         self.gives_up: tuple[int, float] | None = None
+        self.judge = Judge(ARGS.restart_backoff, STEP)
         self.course = self.group_class(self)
 
     def start(self, seat: str, in_place: bool) -> Process:
@@ -339,6 +364,7 @@ class World:
     def on_ready(self) -> None:
         course = self.course
         self.readies += 1
+        self.judge.is_ready()
         members = course._members
         assert set(members) == set(SEATS)
         for member in members.values():
@@ -356,6 +382,8 @@ class World:
         if self.faults.strike("clock jumps", 0.003):
             passed = self.faults.random.choice([0.0, 0.5, 5.0])
         self.now += passed
+        if passed > STEP:
+            self.judge.jumped(self.now)
         self.course.warm.left -= passed
         if self.faults.strike("template dies", 0.001):
             self.course.warm.left = 3.0
@@ -388,7 +416,10 @@ class World:
             process.halted = process.struck = True
         elif process.in_epoch and faults.strike("SIGQUIT", 0.0003):
             process.struck = True
+            if not self.course._ending:
+                self.judge.asked_for_the_end(self.course._epoch, self.now)
             self.course._on_quit()
+            self.course.wakes_at = 0.0
 
     def frontend(self) -> None:
         course = self.course
@@ -400,11 +431,16 @@ class World:
                 longest = FOUND_WITHIN - STEP if all(m.alive for m in members) else 0.2
                 self.gives_up = (course._epoch, self.now + self.faults.random.uniform(0, longest))
             elif self.now >= self.gives_up[1]:
-                course._on_kill_order(course._epoch, "the frontend gave it up", planned=False)
+                course._on_kill_order(course._epoch, FENCE, planned=False)
+                course.wakes_at = 0.0
         elif course._phase == "ready" and self.faults.strike("operator restarts", 0.0003):
-            course._on_kill_order(course._epoch, "restart", planned=True)
+            course._on_kill_order(course._epoch, RESTART, planned=True)
+            course.wakes_at = 0.0
+            assert course._phase == "down", "an operator's restart is not done"
         if self.faults.strike("order for another epoch", 0.001):
+            phase = course._phase
             course._on_kill_order(course._epoch - 1, "late", planned=True)
+            assert course._phase == phase, "an order for an epoch that is over ends another"
 
     def check(self) -> None:
         course = self.course
@@ -416,6 +452,7 @@ class World:
             if process.alive and process.in_epoch:
                 assert process.epoch == course._epoch, "a process of an epoch that is over"
         assert course._exit_status == 0
+        self.judge.look(course._members.values(), course._phase, None if course._ending else course._epoch, self.now)
 
     def quiet(self) -> None:
         """Nothing fails any more: the group serves in time, and ends when it is told to."""

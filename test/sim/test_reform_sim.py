@@ -118,3 +118,99 @@ def test_a_spare_that_is_not_replaced_is_noticed(monkeypatch):
     missing = Reforming.missing_spares
     monkeypatch.setattr(Reforming, "missing_spares", lambda self, spares: missing(self, spares) if not spares else [])
     caught("a spare is missing")
+
+
+def test_a_dying_spare_that_takes_a_place_is_noticed():
+    class Hasty(Group):
+        def _start_at(self) -> float:
+            busy = self._members or self._warmth.importing or self._stop_deadline is not None
+            return float("inf") if busy else self._next_start
+
+    caught("a dead process is in an epoch|too many processes", Hasty, seeds=60)
+
+
+def test_a_spare_that_survives_a_failed_start_is_noticed():
+    class Lenient(Group):
+        def _end_epoch(self, cause: str, **how: Any) -> None:
+            spares, self._spares = self._spares, {}
+            super()._end_epoch(cause, **how)
+            self._spares = spares
+
+    caught("must not be used again", Lenient)
+
+
+def test_a_guilty_rank_that_stays_is_noticed():
+    class Forgiving(Group):
+        def _end_epoch(self, cause: str, **how: Any) -> None:
+            super()._end_epoch(cause, **{**how, "guilty": ()})
+
+    caught("must not be used again", Forgiving)
+
+
+def test_old_ranks_after_an_operators_restart_are_noticed():
+    class Sparing(Group):
+        def _end_epoch(self, cause: str, **how: Any) -> None:
+            super()._end_epoch(cause, **{**how, "planned": False})
+
+    caught("must not be used again", Sparing)
+
+
+def test_an_order_for_another_epoch_that_counts_is_noticed():
+    class Credulous(Group):
+        def _on_kill_order(self, epoch: int, cause: str, planned: bool) -> None:
+            super()._on_kill_order(self._epoch, cause, planned)
+
+    caught("an order for an epoch that is over", Credulous)
+
+
+def test_a_failed_loop_that_nobody_judges_is_noticed():
+    class Deaf(Group):
+        def _check_leavers(self, now: float) -> None:
+            self._failed_deadline = float("inf")
+            super()._check_leavers(now)
+
+    caught("in which somebody does not serve|does not serve again", Deaf)
+
+
+def test_a_stopped_member_of_a_start_that_nobody_sees_is_noticed():
+    class Blind(Group):
+        def _start(self) -> None:
+            super()._start()
+            self._start_watch.observe = lambda *_: None  # type: ignore[method-assign]
+
+    caught("stopped in a start", Blind)
+
+
+def test_a_request_to_leave_that_is_made_once_is_noticed():
+    class Once(Group):
+        def _check_leavers(self, now: float) -> None:
+            self._ask_at = float("inf")
+            super()._check_leavers(now)
+
+    caught("could leave was killed", Once)
+
+
+def test_sigquit_that_nobody_hears_is_noticed():
+    class Deaf(Group):
+        def _on_quit(self) -> None:
+            pass
+
+    caught("asked for does not come", Deaf)
+
+
+def test_a_start_without_a_backoff_is_noticed():
+    class Eager(Group):
+        def _end_epoch(self, cause: str, **how: Any) -> None:
+            super()._end_epoch(cause, **how)
+            self._next_start = self.world.now
+
+    caught("before its time", Eager)
+
+
+def test_reforms_that_fail_and_are_tried_for_ever_are_noticed():
+    class Stubborn(Group):
+        def _end_epoch(self, cause: str, **how: Any) -> None:
+            super()._end_epoch(cause, **how)
+            self._reforming._strikes = 0
+
+    caught("failed twice in a row", Stubborn)

@@ -102,6 +102,8 @@ class Course(ABC, Generic[M]):
         #: of none: ranks that left the last one, and spares
         self._left: dict[str, M] = {}
         self._spares: dict[str, M] = {}
+        #: of no use any more, killed, and not dead yet
+        self._doomed: list[M] = []
         #: when to look again at ranks that are leaving, and when they have to have left
         self._ask_at = self._leave_deadline = float("inf")
         #: when the next spare may be started
@@ -169,12 +171,14 @@ class Course(ABC, Generic[M]):
     # -- when
 
     def _all(self) -> list[M]:
-        return [*self._members.values(), *self._left.values(), *self._spares.values()]
+        return [*self._members.values(), *self._left.values(), *self._spares.values(), *self._doomed]
 
     def _start_at(self) -> float:
         """When the next epoch may start, as things are."""
-        if self._members or self._stop_deadline is not None or self._warmth.importing:
+        if self._members or self._doomed or self._stop_deadline is not None or self._warmth.importing:
             return float("inf")
+        if any(member.process.ending() for member in [*self._left.values(), *self._spares.values()]):
+            return float("inf")  # one that is about to be dead would take a place; its end is heard of
         return self._next_start
 
     def _next_deadline(self) -> float:
@@ -341,6 +345,8 @@ class Course(ABC, Generic[M]):
         elif self._left.get(member.name) is member:
             self._log(f"{how}: it waited for the next epoch")
             del self._left[member.name]
+        elif member in self._doomed:
+            self._doomed.remove(member)
         else:
             assert self._spares.get(member.name) is member, f"{member.name} is of nowhere"
             self._log(f"{how}: it was a spare")
@@ -406,7 +412,9 @@ class Course(ABC, Generic[M]):
                     member.ask_to_leave()
             if not served:
                 # They are as suspect as what took so long.
-                for member in [*self._left.values(), *self._spares.values()]:
+                self._doomed += [*self._left.values(), *self._spares.values()]
+                self._left, self._spares = {}, {}
+                for member in self._doomed:
                     member.process.kill()
             self._log(f"epoch {self._epoch} ended: {cause}; {self._what_next(delay)}")
             hopeless = self._ready_at is None and not passing and not self._warmth.suspect

@@ -1,0 +1,95 @@
+"""What each epoch of the group in `reform_world` may be made of, by what became of its processes and what was ordered.
+
+The judge sees the truth: it does not ask the group's rules whether they were followed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from reform_world import Process
+
+#: seconds of a member that asks for the end of everything; and failed re-forms in a row, as the documentation says
+_QUIT_WITHIN = 2.0
+_STRIKES = 2
+#: looks within which a member of a starting epoch is found to be stopped
+_STOPPED_LOOKS = 30
+#: looks within which an epoch that serves is over once a member of it does not
+_BROKEN_LOOKS = 120
+#: so many requests to leave may be lost before a rank need not have left
+_UNHEARD = 5
+
+
+class Judge:
+    def __init__(self, least_backoff: float, step: float) -> None:
+        self._least_backoff = least_backoff
+        self._step = step
+        #: who must not be of any epoch any more
+        self._barred: set[int] = set()
+        self._begin_after = 0.0
+        self._strikes = 0
+        self._reformed = False
+        #: until when the epoch has to end, since a member of it asked for that
+        self._quit: tuple[int, float] | None = None
+        self._jumped_at = self._ended_at = 0.0
+        self._stopped_looks: dict[int, int] = {}
+        self._broken_looks = 0
+
+    def begun(self, members: Mapping[str, Process], there: Mapping[str, Process], reformed: bool, now: float) -> None:
+        """An epoch of these; ``there``: the spares that there were."""
+        pids = {member.pid for member in members.values()}
+        assert not pids & self._barred, "a process is in an epoch that must not be used again"
+        assert all(member.alive for member in members.values()), "a dead process is in an epoch"
+        assert now >= self._begin_after, "an epoch begins before its time"
+        assert not reformed or self._strikes < _STRIKES, "re-formed though that failed twice in a row"
+        unused = [seat for seat, spare in there.items() if reformed and members[seat].pid > spare.pid]
+        assert not unused, "a spare is not used"
+        self._reformed = reformed
+
+    def is_ready(self) -> None:
+        if self._reformed:
+            self._strikes = 0
+
+    def ended(
+        self, members: Collection[Process], everybody: Collection[Process], served: bool, by_itself: bool,
+        how: str, now: float,
+    ) -> None:  # fmt: skip
+        """``how``: by a "restart" or "fence" of the frontend, a loop that "failed", or else."""
+        self._ended_at = self._begin_after = now
+        self._quit = None
+        if not served:
+            self._barred |= {process.pid for process in everybody}
+            if how != "restart":
+                self._begin_after = now + self._least_backoff
+            if self._reformed and by_itself:
+                self._strikes += 1
+        elif how == "restart":
+            self._barred |= {member.pid for member in members}
+        elif how == "fence":
+            self._barred |= {member.pid for member in members if member.halted}
+        elif how == "failed" and all(member.alive for member in members):
+            self._barred |= {member.pid for member in members if member.broke}
+
+    def asked_for_the_end(self, epoch: int, now: float) -> None:
+        self._quit = self._quit or (epoch, now + _QUIT_WITHIN)
+
+    def jumped(self, now: float) -> None:
+        self._jumped_at = now
+
+    def killed(self, process: Process) -> None:
+        """By its supervisor."""
+        able = process.leaving and not process.struck and process.unheard < _UNHEARD
+        assert not able or self._jumped_at >= self._ended_at, "a rank that could leave was killed"
+
+    def look(self, members: Collection[Process], phase: str, epoch: int | None, now: float) -> None:
+        """``epoch``: that has not ended."""
+        if self._quit is not None and self._quit[0] == epoch:
+            assert now <= self._quit[1] + self._step, "the end that a member asked for does not come"
+        halted = {member.pid for member in members if phase == "starting" and member.halted and member.alive}
+        self._stopped_looks = {pid: self._stopped_looks.get(pid, 0) + 1 for pid in halted}
+        assert max(self._stopped_looks.values(), default=0) <= _STOPPED_LOOKS, "stopped in a start, and not found"
+        broken = phase == "ready" and any(m.state != "serving" or m.hung or m.halted for m in members)
+        self._broken_looks = self._broken_looks + 1 if broken else 0
+        assert self._broken_looks <= _BROKEN_LOOKS, "an epoch goes on in which somebody does not serve"
