@@ -77,7 +77,7 @@ def test_a_missing_fence_is_noticed(monkeypatch):
         return entry if entry is not None and entry.attempt is not None else None
 
     monkeypatch.setattr(Journal, "accept", accept)
-    caught("fenced attempt|other tokens|which ended|other text|that nobody has")
+    caught("fenced attempt|other tokens|which ended|other text|that nobody has|ends unasked")
 
 
 def test_a_message_handled_twice_is_noticed(monkeypatch):

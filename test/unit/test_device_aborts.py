@@ -18,8 +18,9 @@ from sglang_kevlar.platform import torchvision_shim
 
 torchvision_shim.install()
 
+from sglang_kevlar.worker import device_aborts  # noqa: E402
 from sglang_kevlar.worker.communicators import Group  # noqa: E402
-from sglang_kevlar.worker.device_aborts import BY_ITSELF, DeviceAborts, Rescue  # noqa: E402
+from sglang_kevlar.worker.device_aborts import DeviceAborts, Rescue  # noqa: E402
 
 LEAVE = signal.SIGUSR2
 
@@ -97,6 +98,7 @@ class Left(BaseException):
 
 def stuck_or_not(stuck: bool, pipe: Any) -> None:
     """A loop inside a call that no signal ends, as a CUDA call is, or one that hears signals."""
+    device_aborts.BY_ITSELF = 1.0  # a busy machine is not to be taken for a loop that does not hear
     libc = ctypes.CDLL(None)
     mutex = ctypes.create_string_buffer(64)
     libc.pthread_mutex_init(mutex, None)
@@ -123,7 +125,7 @@ def stuck_or_not(stuck: bool, pipe: Any) -> None:
             time.sleep(0.01)
     except Left:
         loop = object()  # of the next epoch
-    time.sleep(3 * BY_ITSELF)
+    time.sleep(1.5 * device_aborts.BY_ITSELF)
     rescue.close()
     pipe.send(given_up)
 

@@ -16,6 +16,8 @@ from sglang_kevlar.upstream import contract
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 BASE = contract.installed_version()
+#: of SGLang, in which seams are
+PARTS = ("srt", "kernels", "lang")
 MOVED = "sglang/srt/managers/communicator.py"
 
 
@@ -25,7 +27,7 @@ def sources():
     spec = importlib.util.find_spec("sglang")
     assert spec is not None and spec.origin is not None
     package = Path(spec.origin).parent
-    files = [package / "utils.py", *(package / "srt").rglob("*.py"), *(package / "kernels").rglob("*.py")]
+    files = [package / "utils.py", *(file for part in PARTS for file in (package / part).rglob("*.py"))]
     return [(str(file.relative_to(package.parent)), file.read_bytes()) for file in files]
 
 
