@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """For a scheduled job: check the SGLang releases that are newer than those we support, and write a report of each.
 
-    scripts/watch_upstream.py [--reports DIR]     DIR/VERSION.md of each; default: docs/upstream
+    .venv/bin/python scripts/watch_upstream.py [--reports DIR]     DIR/VERSION.md of each; default: docs/upstream
     ... --base 0.5.21                             those that are newer than this one, against its declarations
 
 Releases are those of the package index that pip is set up for (pip.conf, PIP_INDEX_URL, PIP_FIND_LINKS, proxies).
@@ -15,14 +15,17 @@ import argparse
 import datetime
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from packaging.version import Version
+try:
+    from packaging.version import Version
 
-from check_upstream import PIP_TIMEOUT, SUPPORTED, check_release
+    from check_upstream import PIP_TIMEOUT, SUPPORTED, check_release
+except ImportError as missing:
+    print(f"{missing}: run it with .venv/bin/python, which scripts/setup makes", file=sys.stderr)
+    raise SystemExit(2) from None
 
 #: The newest ones, when there are more: a job that was off for a year is not to load every wheel of it.
 MOST = 5
@@ -63,8 +66,8 @@ def main() -> int:
     for version in map(str, found):
         try:
             report = check_release(version, args.base)
-        except (subprocess.SubprocessError, zipfile.BadZipFile, SyntaxError) as error:
-            print(f"SGLang {version} could not be read: {error}", file=sys.stderr)
+        except Exception as error:  # whatever it is, nothing is known of this release
+            print(f"SGLang {version} could not be read: {type(error).__name__}: {error}", file=sys.stderr)
             status = 2
             continue
         (args.reports / f"{version}.md").write_text(report.markdown(datetime.date.today()))

@@ -134,7 +134,7 @@ REFUSED: tuple[Refused, ...] = (
     _set("debug_tensor_dump_output_folder", _DEBUG_FILES),
     _set("debug_tensor_dump_input_file", _DEBUG_FILES),
     _set("msprobe_dump_config", _DEBUG_FILES),
-    _other_than("device", ("cuda", "cpu", None), "worker groups are tested on CUDA and CPU only"),
+    _other_than("device", ("cuda", "cpu", None), "worker groups are made for CUDA and CPU only"),
 )
 
 #: Environment variables that select what the flags above refuse.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -25,7 +26,10 @@ from image_container import Container
 from server import free_port
 
 import sglang_kevlar
-from sglang_kevlar.upstream.contract import SUPPORTED
+
+DOCKERFILE = Path(__file__).parents[2] / "docker/Dockerfile.cpu"
+#: of SGLang
+PINNED = re.findall(r"^ARG UPSTREAM=(\S+)$", DOCKERFILE.read_text(), re.MULTILINE)[0]
 
 pytestmark = [
     pytest.mark.slow,
@@ -172,11 +176,11 @@ def test_upstreams_command_is_upstreams_server(plain: Container, tmp_path: Path)
 def test_what_is_in_it(plain: Container) -> None:
     labels = image_container.configuration()["Labels"]
     version = plain.run("python3", "-m", "sglang_kevlar.launch_server", "--version").stdout
-    assert version == f"sglang-kevlar {sglang_kevlar.__version__} (sglang {SUPPORTED[-1]})\n"
+    assert version == f"sglang-kevlar {sglang_kevlar.__version__} (sglang {PINNED})\n"
     assert plain.run("sglang", "serve", "--version", SGLANG_KEVLAR_REPLACE="1").stdout == version
     assert plain.run("sglang", "serve", "M", SGLANG_KEVLAR_REPLACE="yes").returncode == 78
     assert labels["org.opencontainers.image.version"] == sglang_kevlar.__version__
-    assert labels["sglang.version"] == SUPPORTED[-1]
+    assert labels["sglang.version"] == PINNED
     assert plain.run("sh", "-c", "echo $(id -u):$(id -g) $HOME $(command -v python)").stdout == (
         "1000:0 /home/kevlar /opt/venv/bin/python\n"
     )

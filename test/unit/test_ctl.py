@@ -26,6 +26,9 @@ class Fake:
         self.keys: tuple[str, str] | None = None
         self.asked: list[str] = []
         self.stuck: set[int] = set()
+        #: whose drain is forgotten, as by a frontend that starts anew; that die while they drain
+        self.forgets: set[int] = set()
+        self.dies: set[int] = set()
         #: never back
         self.lost: set[int] = set()
         self.back: dict[int, int] = {}
@@ -62,13 +65,16 @@ class Fake:
         _, _, _, number, action = path.partition("?")[0].split("/")
         group = self.groups[int(number)]
         if action == "drain":
-            group.update(state="draining", running=1 if int(number) in self.stuck else 0)
+            left = 1 if int(number) in self.stuck else 0
+            group.update(state="draining", running=left, moves_in_s=None if int(number) in self.forgets else 0.0)
+            if int(number) in self.dies:
+                group.update(state="down")
         elif action == "undrain":
-            group.update(state="ready")
+            group.update(state="ready", moves_in_s=None)
         elif group["state"] == "down":
             return 409, {"error": {"message": "it is down", "code": 409}}
         else:
-            group.update(state="starting", running=0)
+            group.update(state="starting", running=0, moves_in_s=None)
             if int(number) not in self.lost:
                 self.back[int(number)] = 3
         return 202, {"group": int(number), "action": action}
@@ -175,6 +181,21 @@ def test_a_group_that_does_not_get_empty_goes_on_serving(fake: Fake) -> None:
     assert moves(fake, [], force=True).restart(0)["epoch"] == 2, "--force does not restart it"
 
 
+def test_a_group_that_is_lost_while_it_drains_serves_when_it_is_back(fake: Fake) -> None:
+    fake.dies.add(0)
+    with pytest.raises(Failed, match="it is down"):
+        moves(fake, []).restart(0)
+    assert fake.asked[-1] == "/kevlar/groups/0/undrain"
+
+
+@pytest.mark.parametrize("act", ["drain", "restart"])
+def test_a_frontend_that_has_forgotten_a_drain_is_not_taken_for_an_empty_group(fake: Fake, act: str) -> None:
+    fake.forgets.add(0)
+    with pytest.raises(Failed, match="group 0 drains no more"):
+        getattr(moves(fake, []), act)(0)
+    assert "/kevlar/groups/0/restart" not in fake.asked
+
+
 def test_the_last_group_is_not_emptied_unless_told_so(fake: Fake) -> None:
     fake.groups[1]["state"] = "down"
     for act in (moves(fake, []).restart, moves(fake, []).drain):
@@ -216,7 +237,9 @@ def test_what_is_wrong_is_said_with_a_status_of_its_own(fake: Fake) -> None:
             Server(fake.url, None, None).status()
 
 
-@pytest.mark.parametrize("url", ["http://127.0.0.1:9", "http://no.such.host.invalid", "nonsense", "http://[::", ""])
+@pytest.mark.parametrize(
+    "url", ["http://127.0.0.1:9", "http://no.such.host.invalid", "nonsense", "http://[::", "http://localhost:abc", ""]
+)
 def test_a_server_that_is_not_there(url: str) -> None:
     with pytest.raises(Unreachable) as caught:
         Server(url, None, None, timeout=5).status()

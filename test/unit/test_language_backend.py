@@ -74,8 +74,8 @@ def test_a_streaming_program_gets_pieces(backend: Any) -> None:
     manager = Manager()
     state = program.run(backend=backend(manager), temperature=0, stream=True)
     pieces = [piece for piece in state.text_iter() if piece]
-    # The first may have come together with the prompt.
-    assert pieces[-1] == "rd" and "".join(pieces) == "a word"
+    # How many is a matter of threads: some may have come together.
+    assert pieces and "".join(pieces) == "a word"
     assert manager.closed == 1
 
 

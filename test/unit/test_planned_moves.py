@@ -68,9 +68,26 @@ def test_what_cannot_be_continued_stays_and_the_others_go() -> None:
         moved, left = await world.actor.move_away(group)
         assert moved and left == 1 and _on(world, "fixed", group)
         assert all(world.attempt(rid).group != group for rid in ("a", "b", "c"))
-        # It no longer drains: nothing is taken away.
+        # It no longer drains: nothing is taken away, and nobody has to look again.
         world.draining.clear()
-        assert await world.actor.move_away(1 - group) == (0, 3)
+        assert await world.actor.move_away(1 - group) == (0, 0)
+        assert all(_on(world, rid, 1 - group) for rid in ("a", "b", "c"))
+
+    play(script)
+
+
+def test_what_reports_nothing_before_its_end_is_not_begun_anew_elsewhere() -> None:
+    async def script(world: World) -> None:
+        await world.ready(0, 1)
+        world.submit("a")
+        old = world.attempt()
+        entry = world.actor.requests["a"].entry
+        entry.not_continuable, entry.started = "it has no way to", True
+        world.draining.add(old.group)
+        world.actor.route()
+        assert await world.actor.move_away(old.group) == (0, 1) and _on(world, "a", old.group)
+        entry.started = False  # it only waits there
+        assert await world.actor.move_away(old.group) == (1, 0)
 
     play(script)
 

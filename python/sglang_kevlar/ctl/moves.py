@@ -66,16 +66,17 @@ class Moves:
             raise Failed(f"group {number} is {group['state']}: it is started by itself ({group.get('cause') or '-'})")
         self._others_serve(group)
         before, begun = int(group["epoch"]), self._clock()
-        if not self._force:
-            was_draining = group["state"] == "draining"
-            try:
+        was_draining = group["state"] == "draining"
+        try:
+            if not self._force:
                 self._empty(number)
-            except BaseException:
-                if not was_draining:
-                    # It goes on as it was, whatever stopped this.
-                    self._server.maintain(number, "undrain")
-                raise
-        self._server.maintain(number, "restart")
+            # Refused when it was lost just now, for instance, which empties it too.
+            self._server.maintain(number, "restart")
+        except BaseException:
+            if not self._force and not was_draining:
+                # It goes on as it was, whatever stopped this.
+                self._server.maintain(number, "undrain")
+            raise
         self._say(f"group {number}: starts anew")
         for now in self._looks(self._timeout):
             if now is None:
@@ -95,6 +96,10 @@ class Moves:
             if now is None:
                 continue
             group = next((g for g in now["groups"] if g["id"] == number), None)
+            if group is not None and group.get("moves_in_s", 0.0) is None:
+                raise Failed(
+                    f"group {number} drains no more: the frontend started anew, it has joined again, or was undrained"
+                )
             running = 0 if group is None else int(group["running"])
             if running != said:
                 self._say(f"group {number}: drains, {running} requests run")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import urllib.error
 import urllib.parse
@@ -59,7 +60,7 @@ class Server:
                 raise self._refused(error, path) from error
         except urllib.error.URLError as error:
             raise Unreachable(f"{self.url}: cannot be reached: {error.reason}") from error
-        except (OSError, UnicodeError) as error:
+        except (OSError, UnicodeError, http.client.HTTPException) as error:
             raise Unreachable(f"{self.url}: cannot be reached: {error or type(error).__name__}") from error
         except ValueError as error:
             raise Unreachable(f"{self.url}: answers, but not as SGLang-Kevlar does: {error}") from error

@@ -240,12 +240,17 @@ class Failover(Requests):
             if channel is None or channel.given_up:
                 return 0, 0  # its loss moves them
             entries = self.journal.running_on(group, channel.epoch)
-            if not self._groups.is_draining(group) or not self.router.groups:
+            if not self._groups.is_draining(group):
+                return 0, 0
+            if not self.router.groups:
                 return 0, len(entries)
             going = [
                 entry
                 for entry in entries
-                if not self.requests[entry.rid].abort_requested and self.journal.stays(entry) is None
+                if not self.requests[entry.rid].abort_requested
+                and self.journal.stays(entry) is None
+                # It may report nothing before its end: elsewhere it would begin from nothing.
+                and not (entry.started and entry.not_continuable is not None)
             ]
             if not going:
                 return 0, len(entries)

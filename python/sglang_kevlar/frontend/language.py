@@ -31,7 +31,8 @@ class EngineBackend(RuntimeEndpoint):  # type: ignore[misc]
                 "this Engine is used inside a running event loop, which programs in the frontend language would wait "
                 "for: make the Engine outside of it, or use sglang_kevlar.launch_server and a RuntimeEndpoint"
             )
-        self.support_concate_and_append = True
+        # Upstream has no endpoint for that: its interpreter appends the text.
+        self.support_concate_and_append = False
         self.model_info = {"model_path": engine.tokenizer_manager.model_path}
         self.chat_template = get_chat_template_by_model_path(self.model_info["model_path"])
         self._engine = engine

@@ -87,6 +87,8 @@ def prepare(
         if kevlar.admin_port:
             if kevlar.admin_port == server_args.port:
                 raise LaunchRefused(f"--admin-port {kevlar.admin_port}: is --port, too; give one of them another")
+            if server_args.enable_ssl_refresh:
+                raise LaunchRefused("--admin-port: would not renew its certificate; leave --enable-ssl-refresh out")
             _check_port(kevlar.admin_host, kevlar.admin_port, "--admin-host", "--admin-port")
     _resolve(server_args)
     _check_supported(server_args, node, resolved=True)

@@ -131,7 +131,8 @@ def _clean(path: str, launch_id: str) -> None:
 
 
 def _check_length(path: str, groups: int) -> None:
-    longest = Paths(path).channel(max(0, groups - 1), 9_999_999, "detokenizer").removeprefix("ipc://")
+    # The longest name is that of worker/weights/rank.py.
+    longest = Paths(path).channel(max(0, groups - 1), 9_999_999, "weights99.12345678").removeprefix("ipc://")
     excess = len(os.fsencode(longest)) - SOCKET_PATH_LIMIT
     if excess > 0:
         raise RunDirError(

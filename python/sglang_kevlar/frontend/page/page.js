@@ -16,6 +16,7 @@ const server = new Server(draw, askForKey);
 let announced = null;
 
 function draw() {
+  if (server.waitsForKey) return;
   drawConnection();
   if (server.history === null) return;
   byId("key").hidden = true;
@@ -51,8 +52,8 @@ function drawTiles() {
   // "15 / 108 ms": one unit is enough where it is the same.
   const both = (latency) => {
     const [p50, p99] = [ms(latency.p50), ms(latency.p99)];
-    const unit = p99.slice(p99.indexOf(" "));
-    return `${p50.endsWith(unit) ? p50.slice(0, -unit.length) : p50} / ${p99}`;
+    const unit = / (ms|s)$/.exec(p99)?.[0];
+    return `${unit && !p50.startsWith("<") && p50.endsWith(unit) ? p50.slice(0, -unit.length) : p50} / ${p99}`;
   };
   const tiles = [
     ["groups that serve", served()],

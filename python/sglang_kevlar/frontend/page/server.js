@@ -14,6 +14,8 @@ export class Server {
   // since when it has not answered (this browser's clock), and why
   silentSince = null;
   problem = "";
+  // nothing is asked until there is one
+  waitsForKey = false;
   #key = "";
   #wake = null;
 
@@ -38,8 +40,10 @@ export class Server {
         this.problem = "";
       } catch (error) {
         if (error instanceof KeyWanted) {
+          this.waitsForKey = true;
           this.keyWanted(this.#key !== "");
           await new Promise((resolve) => { this.#wake = resolve; });
+          this.waitsForKey = false;
           continue;
         }
         this.silentSince ??= Date.now();

@@ -30,11 +30,17 @@ class TransferError(Exception):
 
 
 def listen(network: Network, address: str) -> tuple[zmq.Socket[bytes], str]:
-    """``address``: an ipc endpoint, or a host to be reached at over TCP. And the endpoint. Raises TransportError."""
+    """``address``: an ipc endpoint, or a host to be reached at over TCP. And the endpoint.
+
+    Raises TransportError or TransferError.
+    """
     if not address.startswith("ipc://"):
         return network.listen(address, LARGEST)
-    socket = sockets.listen(address)
-    socket.setsockopt(zmq.MAXMSGSIZE, LARGEST)
+    try:
+        socket = sockets.listen(address)
+        socket.setsockopt(zmq.MAXMSGSIZE, LARGEST)
+    except zmq.ZMQError as error:
+        raise TransferError(f"cannot listen on {address}: {error}") from None
     return socket, address
 
 
