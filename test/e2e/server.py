@@ -48,9 +48,7 @@ class Server:
         #: in which it can be asked
         self.network = contextlib.nullcontext if host is None else host.network
         self.url = f"http://127.0.0.1:{self.port}"
-        #: where the operator asks
-        admin_port = flags[flags.index("--admin-port") + 1] if "--admin-port" in flags else self.port
-        self.admin_url = f"http://127.0.0.1:{admin_port}"
+        self._admin_port = flags[flags.index("--admin-port") + 1] if "--admin-port" in flags else None
         self.groups = groups
         self.log = log
         command = [sys.executable, "-m", "sglang_kevlar.launch_server", "--model-path", str(model)]
@@ -64,6 +62,11 @@ class Server:
             env={**os.environ, "OMP_NUM_THREADS": "1", "KEVLAR_TEST_SERVER": str(self.port), **(env or {})},
             start_new_session=True,
         )
+
+    @property
+    def admin_url(self) -> str:
+        """Where the operator asks."""
+        return self.url if self._admin_port is None else f"http://127.0.0.1:{self._admin_port}"
 
     # ---- state
 
