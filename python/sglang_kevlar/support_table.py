@@ -146,7 +146,7 @@ REFUSED_ENVIRONMENT: dict[str, str] = {
 
 #: Served, and this is good to know.
 REMARKS: dict[str, str] = {
-    "tp_size": "All ranks of a group die and restart together.",
+    "tp_size": "When a rank dies, its group forms again around the others (`--reform`), or all of its ranks start anew.",
     "pp_size": "All ranks of a group die and restart together.",
     "ep_size": "Inside a group, over its tensor-parallel ranks. Fails over by recomputation; "
     "tested with one rank only.",

@@ -71,7 +71,7 @@ M = TypeVar("M", bound=Occupant)
 
 
 class Course(ABC, Generic[M]):
-    """What is done is done by the methods that a subclass has to have; each returns at once."""
+    """What is done is done by the methods that a subclass has to have. None of them waits for a process."""
 
     def __init__(
         self,
