@@ -144,10 +144,11 @@ REFUSED_ENVIRONMENT: dict[str, str] = {
     "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE": "every start of every group has a rendezvous of its own",
 }
 
+_RANKS = "When a rank dies, its group forms again around the others (`--reform`), or all of its ranks start anew."
 #: Served, and this is good to know.
 REMARKS: dict[str, str] = {
-    "tp_size": "When a rank dies, its group forms again around the others (`--reform`), or all of its ranks start anew.",
-    "pp_size": "All ranks of a group die and restart together.",
+    "tp_size": _RANKS,
+    "pp_size": _RANKS,
     "ep_size": "Inside a group, over its tensor-parallel ranks. Fails over by recomputation; "
     "tested with one rank only.",
     "base_gpu_id": "First device of group 0; the groups follow each other.",

@@ -30,7 +30,7 @@ class _Second:
 
 
 class RollingLatency:
-    """``now``: monotonic seconds, not running backwards. A call takes 0.2 us of the one event loop."""
+    """``now``: monotonic seconds, not running backwards. Called for each output of a request."""
 
     def __init__(self) -> None:
         self._current = _Second(-1)
