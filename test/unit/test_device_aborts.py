@@ -124,7 +124,9 @@ def stuck_or_not(stuck: bool, pipe: Any) -> None:
         while True:
             time.sleep(0.01)
     except Left:
-        loop = object()  # of the next epoch
+        loop = None
+    time.sleep(0.5 * device_aborts.BY_ITSELF)
+    loop = object()  # of the next epoch
     time.sleep(1.5 * device_aborts.BY_ITSELF)
     rescue.close()
     pipe.send(given_up)
