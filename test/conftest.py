@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -12,6 +13,13 @@ import pytest
 REPOSITORY = Path(__file__).parents[1]
 sys.path.insert(0, str(REPOSITORY / "test" / "e2e"))
 sys.path.insert(0, str(REPOSITORY / "test"))
+
+
+def pytest_collection_finish() -> None:
+    """What the imports have left is for good. Looking through it takes the collector a third of a second and more, and
+    a test whose process stands still for so long sees leases and deadlines pass."""
+    gc.collect()
+    gc.freeze()
 
 
 DIRECTORY = Path(os.environ.get("KEVLAR_TEST_MODELS", REPOSITORY / "models"))
