@@ -22,6 +22,10 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or libraries report what is left at the end as leaks
+
+
 DIRECTORY = Path(os.environ.get("KEVLAR_TEST_MODELS", REPOSITORY / "models"))
 
 

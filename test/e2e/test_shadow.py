@@ -410,7 +410,8 @@ def test_an_audit_tells_a_poisoned_shadow_from_a_true_one(models: Path, tmp_path
     server = Server(models / "llama-f32", tmp_path / "log", "--shadow-audit", "1", env=env)
     try:
         wait_linked(server)
-        cases = [request(tokens(512, seed), ANSWER) for seed in range(2)]
+        # Long enough to be running still when the counters have told of their progress.
+        cases = [request(tokens(512, seed), 4 * ANSWER) for seed in range(2)]
         expected = run_all(server, cases)
         # One after the other: one request is audited at a time.
         for case, answer in zip(cases, expected, strict=True):

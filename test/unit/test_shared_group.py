@@ -310,6 +310,8 @@ def test_a_payload_that_is_none_ends_the_session_and_the_next_is_tried(play) -> 
         w.first.sessions.listener.requests(session, 1, b"garbage")
         await w.until(lambda: bool(w.first.of(GroupLost)), "over")
         await w.until(lambda: len(w.first.of(GroupReady)) == 2, "joined again")
+        # The frontend knows first; what the group sends before it has heard of it goes nowhere.
+        await w.until(lambda: w.shared._ways[0].end.phase == "joined", "it knows")
         w.shared._ways[0].outputs(1, b"garbage")
         await w.until(lambda: len(w.first.of(GroupLost)) == 2, "over")
         await w.until(lambda: len(w.first.of(GroupReady)) == 3, "joined again")
