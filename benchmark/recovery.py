@@ -10,6 +10,7 @@ started again whole, formed again around the rank that lives, or that with a spa
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -39,6 +40,7 @@ STOCK = next(iter(WAYS))
 REFORMED, SPARED = "re-formed around", "from the spares"
 #: seconds that a server has been ready before a rank is killed: its spares are loaded by then
 SETTLE = 5.0
+SHM = "/dev/shm"
 
 
 def token(url: str, timeout: float) -> list[int]:
@@ -67,6 +69,21 @@ def ranks_of(server: Server) -> list[int]:
     return [found[name] for name in sorted(found)]
 
 
+def sweep(before: set[str]) -> None:
+    """Remove what upstream's killed ranks left in shared memory since, unless somebody has it mapped."""
+    new = [
+        name for name in set(os.listdir(SHM)) - before if name.startswith(("sglang_loads_", "sgl_shm_mq_", "sem.mp-"))
+    ]
+    mapped = ""
+    for process in psutil.process_iter():
+        with contextlib.suppress(OSError):
+            mapped += Path(f"/proc/{process.pid}/maps").read_text()
+    for name in new:
+        if f"{SHM}/{name}" not in mapped:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(f"{SHM}/{name}")
+
+
 class Bench:
     def __init__(self, args: argparse.Namespace, directory: Path) -> None:
         self._args = args
@@ -88,6 +105,7 @@ class Bench:
 
     def _upstream(self, way: str, number: int) -> None:
         """Started again as soon as it has ended: upstream's server ends whole when a rank dies."""
+        before = set(os.listdir(SHM))
         server = self._start(way, number).__enter__()
         try:
             server.wait_ready()
@@ -96,13 +114,14 @@ class Bench:
                 rank = self._chance.randrange(2)
                 at = time.monotonic()
                 os.kill(ranks_of(server)[rank], signal.SIGKILL)
-                server.process.wait(60)
+                server.process.wait(START_TIMEOUT)
                 server.__exit__(None, None, None)
                 server = self._start(way, number).__enter__()
                 self._check(serves_again(server.url, time.monotonic() + START_TIMEOUT))
                 self._note(way, number, rank, time.monotonic() - at)
         finally:
             server.__exit__(None, None, None)
+            sweep(before)
 
     def _ours(self, way: str, number: int) -> None:
         with self._start(way, number) as server:
