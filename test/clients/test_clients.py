@@ -48,7 +48,7 @@ def seed(name: str) -> int:
 
 
 #: of each client those that differ most are in the short run
-LONGER = {"completions", "tools", "tools_stream", "json_schema", "responses", "choices"}
+LONGER = {"completions", "tools", "json_schema", "responses", "choices"}
 
 
 def names(programs: dict[str, Any]) -> list[Any]:
