@@ -95,8 +95,12 @@ class FakeGroups:
         is_draining: Callable[[int], bool],
     ) -> None:
         self._world = world
+        self._ids = list(range(args.worker_groups))
         self.active = args.worker_groups - args.standby_groups
         self.kill, self.on_internal_error, self.is_draining = kill, internal_error, is_draining
+
+    def ids(self) -> list[int]:
+        return self._ids
 
     def is_standby(self, group: int) -> bool:
         return group >= self.active

@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 import httpx
 from cases import Case
@@ -28,9 +29,10 @@ class Phase:
 
 
 class MeasuredLoad:
-    """``expected``: cases with their possible answers, by weight version. As a context manager."""
+    """``expected``: cases with their possible answers, by weight version: token ids of each part (n > 1). As a context
+    manager."""
 
-    def __init__(self, server: Server, expected: list[tuple[Case, dict[str, list[int]]]]) -> None:
+    def __init__(self, server: Server, expected: list[tuple[Case, dict[str, list[list[int]]]]]) -> None:
         self._server = server
         self._expected = expected
         self._ending = threading.Event()
@@ -70,15 +72,17 @@ class MeasuredLoad:
             assert time.monotonic() < deadline, f"no {answers} answers within {timeout:g} s"
             time.sleep(0.05)
 
-    def _client(self, case: Case, answers: dict[str, list[int]]) -> None:
+    def _client(self, case: Case, answers: dict[str, list[list[int]]]) -> None:
         try:
             while not self._ending.is_set():
                 self._one(case, answers)
         except Exception as error:
             self._problems.append(f"{case.name}: {error!r}")
 
-    def _one(self, case: Case, answers: dict[str, list[int]]) -> None:
-        last, pause, event = time.monotonic(), 0.0, {}
+    def _one(self, case: Case, answers: dict[str, list[list[int]]]) -> None:
+        last, pause = time.monotonic(), 0.0
+        #: the last event of each part
+        parts: dict[int, dict[str, Any]] = {}
         with httpx.stream("POST", self._server.url + case.path, json=case.body, timeout=120) as response:
             assert response.status_code == 200, response.read()[:500]
             for line in response.iter_lines():
@@ -88,9 +92,11 @@ class MeasuredLoad:
                 pause, last = max(pause, now - last), now
                 event = json.loads(line.removeprefix("data: "))
                 assert "error" not in event, event
-        version = event["meta_info"]["weight_version"]
-        assert event["output_ids"] == answers[version], f"not the answer of weights {version}"
+                parts[event.get("index", 0)] = event
+        (version,) = {event["meta_info"]["weight_version"] for event in parts.values()}
+        tokens = [event["output_ids"] for _, event in sorted(parts.items())]
+        assert tokens == answers[version], f"not the answer of weights {version}"
         with self._lock:
             self.versions[version] = self.versions.get(version, 0) + 1
             self.phase.stalls.append(pause * 1e3)
-            self.phase.moved += "kevlar" in event["meta_info"]
+            self.phase.moved += any("kevlar" in event["meta_info"] for event in parts.values())

@@ -7,6 +7,7 @@ import base64
 import json
 import pickle
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import httpx
 import pytest
 import torch
 from cases import Answer, native
+from measured_load import MeasuredLoad
 from server import Server
 
 CASE = native("greedy", stream=False, return_logprob=True, top_logprobs_num=3, sampling={"max_new_tokens": 12})
@@ -101,3 +103,34 @@ def test_a_restarted_group_serves_what_only_live_processes_received(server: Serv
     assert new.difference(CASE.run(server.url)) is None
     post(server, "/kevlar/groups/1/restart")
     server.wait_ready()
+
+
+def roll(server: Server, path: Path, version: str) -> None:
+    post(server, "/kevlar/weights", model_path=str(path), weight_version=version)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_group_that_dies_while_weights_go_around(server: Server, models: Path, other_weights: Path) -> None:
+    """Whichever and whenever: with the old weights, with the new, or the last one that has the old."""
+    server.wait_ready()
+    where = {"one": models / "llama-f32", "two": other_weights}
+    cases = [native(f"stream {i}", prompt=f"def f{i}(x):", sampling={"max_new_tokens": 400}) for i in range(4)]
+    answers: dict[str, list[list[list[int]]]] = {}
+    for version in ("two", "one"):
+        roll(server, where[version], version)
+        server.wait(lambda s: s["weights"]["state"] == "done", "the update", 90)
+        with ThreadPoolExecutor(len(cases)) as pool:
+            answers[version] = [answer.token_ids for answer in pool.map(lambda case: case.run(server.url), cases)]
+    expected = [(case, {version: answers[version][i] for version in answers}) for i, case in enumerate(cases)]
+    with MeasuredLoad(server, expected) as load:
+        for round, version in enumerate(["two", "one"] * 4):
+            load.more(2)
+            roll(server, where[version], version)
+            time.sleep([0.0, 0.02, 0.1, 0.05, 0.2, 0.3, 0.6, 1.0][round])
+            # The last group with the old weights, half of the time.
+            server.kill(round // 2 % 2)
+            server.wait(lambda s: s["weights"]["state"] == "done", f"the end of round {round}", 90)
+            server.wait(lambda s: all(g["weight_version"] == version for g in s["groups"]), "the group", 90)  # noqa: B023
+            load.more(len(cases))
+    assert load.versions.keys() == {"one", "two"}

@@ -51,11 +51,11 @@ class World:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    def answers(self) -> list[list[int]]:
+    def answers(self) -> list[list[list[int]]]:
         with ThreadPoolExecutor(STREAMS) as pool:
             answers = list(pool.map(lambda case: case.run(self.server.url), CASES))
         assert all(answer.status == 200 and answer.done and not answer.error for answer in answers)
-        return [answer.token_ids[0] for answer in answers]
+        return [answer.token_ids for answer in answers]
 
     def update(self, path: Path, version: str) -> None:
         body = {"model_path": str(path), "weight_version": version}
@@ -129,11 +129,13 @@ def test_nothing_is_lost_doubled_or_changed_by_maintenance(world: World, models:
         assert not store.get("tokens") and not store.get("hits"), store
 
         assert load.versions.keys() == {"one"}
-        world.update(other_weights, "two")
+        world.ctl("weights", str(other_weights), "--version", "two")
         load.more(STREAMS)
-        updated = load.take()
-        lines.append(updated.line("weights of all groups"))
+        lines.append(load.take().line("weights, group by group"))
         assert load.versions["two"]
+        world.update(models / "llama-f32", "one")
+        load.more(STREAMS)
+        lines.append(load.take().line("weights, all groups at once"))
     print("\n" + "\n".join(lines))
     assert drained.moved and restarted.moved and upgraded.moved
     print(world.ctl("status"), world.ctl("failovers"), sep="\n\n")

@@ -16,6 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 from cases import LONG_PROMPT, PROMPT, native
+from measured_load import MeasuredLoad
 from server import Server, free_port
 
 import monitoring
@@ -148,6 +149,39 @@ def test_run_time_changes_reach_a_group_that_starts_again(server: Server, models
     undo = post(server, "/update_weights_from_disk", model_path=str(models / "llama-f32"))
     assert undo.status_code == 200, undo.text
     assert CASE.run(server.url).token_ids == before.token_ids
+
+
+@pytest.mark.timeout(600)
+def test_weights_go_from_group_to_group(server: Server, models: Path, other_weights: Path) -> None:
+    """Under load: each answer is of one version, whole, and says which; also one that is made in several parts."""
+    server.wait_ready()
+    cases = [
+        *(native(f"stream {i}", prompt=f"def f{i}(x):", sampling={"max_new_tokens": 150}) for i in range(3)),
+        native("several", prompt="class A:", sampling={"max_new_tokens": 60, "n": 3}),
+    ]
+
+    def answers() -> list[list[list[int]]]:
+        with ThreadPoolExecutor(len(cases)) as pool:
+            return [answer.token_ids for answer in pool.map(lambda case: case.run(server.url), cases)]
+
+    one = answers()
+    done = ctl(server, "weights", str(other_weights), "--version", "two")
+    assert done.returncode == 0, done.stderr
+    two = answers()
+    assert all(before != after for before, after in zip(one, two, strict=True))
+    expected = [(case, {"one": a, "two": b}) for case, a, b in zip(cases, one, two, strict=True)]
+    with MeasuredLoad(server, expected) as load:
+        load.more(4)
+        done = ctl(server, "weights", str(models / "llama-f32"), "--version", "one")
+        assert done.returncode == 0, done.stderr
+        load.more(4)
+    assert load.versions.keys() == {"one", "two"} and load.phase.moved
+    assert server.status()["weights"]["state"] == "done"
+
+    refused = ctl(server, "weights", "/nowhere")
+    assert refused.returncode == 1 and "no group has the weights" in refused.stderr, refused.stderr
+    assert [group["weight_version"] for group in server.status()["groups"]] == ["one", "one"]
+    assert answers() == one
 
 
 @pytest.mark.timeout(600)

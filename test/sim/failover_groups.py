@@ -7,6 +7,8 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from failover_weights import Roll, Rolled
+
 from frontend_fakes import (
     AbortReq,
     BatchStrOutput,
@@ -17,6 +19,7 @@ from sglang_kevlar.control.membership import (
     GroupSuspect,
     GroupTrusted,
 )
+from sglang_kevlar.frontend.in_flight import Call
 from sglang_kevlar.frontend.outcome import RequestOutcome
 from sglang_kevlar.protocol.group import GroupReport, ProcessRef
 from sglang_kevlar.worker.resume import ResumedGenerateReqInput, ShadowPlanReq, StartedReqOutput
@@ -52,6 +55,11 @@ class Client:
     text: str = ""
     end: str | None = None
     aborted: bool = False
+    #: it and the rest of its batch
+    call: Call | None = None
+    #: updates of the weights that stopped for nobody, when it began
+    updates: int = 0
+    weights: set[int] = field(default_factory=set)
 
 
 @dataclass
@@ -74,7 +82,7 @@ class SimGroup:
 
     def clear(self) -> None:
         self.runs: dict[str, Run] = {}
-        self.input: deque[tuple[Any, int]] = deque()
+        self.input: deque[tuple[Any, str]] = deque()
         self.output: deque[tuple[float, Any]] = deque()
         self.weights = 0
         self.hung = 0  # steps; 0: it is not
@@ -145,6 +153,11 @@ class SimGroup:
                     self.send(AbortReq(rid=run.wire))
             elif isinstance(message, tuple):
                 self.weights = message[1]
+            elif isinstance(message, Roll):
+                assert not self.runs, f"group {self.id} gets other weights while it runs {list(self.runs)}"
+                loads = not self.sim.faults.strike("weights cannot be loaded", 0.1)
+                self.weights = message.weights if loads else self.weights
+                self.send(Rolled(loads))
             elif isinstance(message, ShadowPlanReq):
                 assert message.content in ("", str(self.weights)), f"group {self.id} is told of other weights"
                 assert message.target is None or message.target.name != str(self.id)
@@ -152,8 +165,8 @@ class SimGroup:
             else:
                 self.take(message, weights)
 
-    def take(self, message: Any, weights: int) -> None:
-        assert self.weights == weights, f"group {self.id} serves weights {self.weights}, a request expects {weights}"
+    def take(self, message: Any, weights: str) -> None:
+        assert str(self.weights) == weights, f"group {self.id} serves {self.weights}, a request expects {weights}"
         client = self.sim.client_of(message.rid)
         run = Run(message.rid, client, 0)
         if isinstance(message, ResumedGenerateReqInput):

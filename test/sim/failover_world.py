@@ -12,6 +12,7 @@ from typing import Any
 from unittest.mock import patch
 
 from failover_groups import BASE, MAKER, Client, SimGroup, oracle, text_of
+from failover_weights import Rolled, SimWeights
 from faults import Faults
 
 from frontend_fakes import (
@@ -32,8 +33,10 @@ from sglang_kevlar.control.membership import (
 )
 from sglang_kevlar.frontend import failover as failover_module
 from sglang_kevlar.frontend import requests as requests_module
+from sglang_kevlar.frontend import rolling_weights as rolling_module
 from sglang_kevlar.frontend.failover import FENCED_RID, Failover
 from sglang_kevlar.frontend.host import Host
+from sglang_kevlar.frontend.in_flight import Call
 from sglang_kevlar.frontend.outcome import RequestOutcome
 from sglang_kevlar.observability.events import FailoverEvents, Redirect
 from sglang_kevlar.observability.metrics import NoMetrics
@@ -51,7 +54,8 @@ class CheckedEvents(FailoverEvents):
     sim: Sim
 
     def dispatched(self, rid: str) -> None:
-        waiting = [held for held in self.sim.failover.hold._redirected if held != rid]
+        actor = self.sim.failover
+        waiting = [held for held in actor.hold._redirected if held != rid and actor._served(held)]
         assert not waiting, f"new request {rid} goes before redirected {waiting}"
         super().dispatched(rid)
 
@@ -69,10 +73,16 @@ class Sim(Host):
         self.groups = [SimGroup(self, i) for i in range(3)]
         self.clients: dict[str, Client] = {}
         self.open: dict[str, Client] = {}
+        #: how many of each are yet to be submitted
+        self.batches: list[tuple[RequestOutcome, Call, int]] = []
         self.fenced: set[int] = set()
         self.stray: list[tuple[list[str], BatchStrOutput]] = []
         self.nowhere: set[str] = set()
-        self.weights = 0
+        #: those that a group gets that starts now
+        self.weights = self.newest = 0
+        self.control = SimWeights(self)
+        #: updates of the weights that stopped for nobody
+        self.updates = 0
         #: since when no group has been slow to answer, and no clock jumped
         self.well_since = self.served_since = self.loop.now
         #: when last nobody was on the way from the hold queue to a group
@@ -111,14 +121,15 @@ class Sim(Host):
             assert message.resume.output_ids.tolist() == client.tokens, (
                 f"{client.rid} is not continued where its client is"
             )
-        group.input.append((message, self.failover.journal.weights))
+        group.input.append((message, channel.weights))
 
     async def prepare_group(self, channel: FakeChannel) -> str | None:  # type: ignore[override]
         known = 0
-        while known != self.weights:
-            known = self.weights
+        while known != (wanted := self.control.target()):
+            known = wanted
             self.failover.send(channel, ("weights", known))
             await asyncio.sleep(self.random.choice([0, 0, 0.1]))
+        channel.weights = str(known)
         return "sim" if self.faults.strike("cannot be brought up to date", 0.02) else None
 
     async def deliver(self, batch: BatchStrOutput) -> None:  # type: ignore[override]
@@ -131,6 +142,9 @@ class Sim(Host):
             makers = {token // BASE % MAKER for token in tokens}
             assert not makers & self.fenced, f"{rid} was given a token of a fenced attempt"
             client.tokens += tokens
+            client.weights |= {token // BASE // MAKER for token in tokens}
+            mixed = len(client.weights) > 1 and client.updates == self.updates
+            assert not mixed, f"{rid} was made with weights {client.weights}"
             client.moved_at = self.loop.now
             client.text += batch.output_strs[i]
             assert [t % BASE for t in client.tokens] == client.answer[: len(client.tokens)], f"{rid}: other tokens"
@@ -150,9 +164,9 @@ class Sim(Host):
         client = self.open[abort.rid or ""]
         reason = (abort.finished_reason or {}).get("err_type")
         if reason == "weights":
-            assert self.weights
+            assert self.newest
         elif reason == "not_continuable":
-            assert not client.continuable and client.tokens
+            assert not client.continuable and client.tokens, f"{client.rid} is refused, and could go on"
         elif reason == "queue_full":
             assert not client.tokens
         elif reason is None:
@@ -164,24 +178,32 @@ class Sim(Host):
         client.end = how
         self.ends[how] = self.ends.get(how, 0) + 1
         del self.open[client.rid]
+        self.check_batch(client)
+        parts = [*(other.call for other in self.open.values()), *(call for _, call, _ in self.batches)]
+        if client.call is not None and not any(call is client.call for call in parts):
+            self.failover.call_ended(client.call)
+
+    def check_batch(self, client: Client) -> None:
+        parts = [part for part in self.clients.values() if part.call is client.call]
+        weights = set().union(*(part.weights for part in parts))
+        stopped = any(part.updates != self.updates for part in parts)
+        assert len(weights) <= 1 or stopped, f"parts of a batch have weights {weights}"
 
     def delivered_text(self, rid: str) -> str:
         return self.open[rid].text
 
     def control_reply(self, group: int, epoch: int, reply: Any) -> None:
-        raise AssertionError(f"nobody asked for {reply}")
-
-    def content(self) -> str:
-        return str(self.weights)
+        assert isinstance(reply, Rolled), f"nobody asked for {reply}"
+        self.control.answer(group, epoch, reply)
 
     def redirect_through(self, rid: str, redirect: Redirect) -> None:
-        assert redirect.stall_s >= 0 and (redirect.from_group, redirect.from_epoch) != (
-            redirect.to_group,
-            redirect.to_epoch,
-        )
+        there = (redirect.from_group, redirect.from_epoch), (redirect.to_group, redirect.to_epoch)
+        # A group that was to get other weights and is the last one left takes its requests back.
+        assert redirect.stall_s >= 0 and (there[0] != there[1] or self.control.driver is not None)
 
     def group_lost(self, group: int, epoch: int) -> None:
         self.fenced.add(group * 1024 + epoch)
+        self.control.group_lost(group, epoch)
 
     def dispatch(self, events: list[Event]) -> None:
         for event in events:
@@ -209,7 +231,9 @@ class Sim(Host):
     def client_of(self, wire: str) -> Client:
         return self.clients[wire.split("~")[0]]
 
-    def submit(self, again: Client | None = None, outcome: RequestOutcome | None = None) -> None:
+    def submit(
+        self, again: Client | None = None, outcome: RequestOutcome | None = None, call: Call | None = None
+    ) -> None:
         rid = again.rid if again is not None else f"r{len(self.clients)}"
         if rid in self.open:
             return
@@ -218,10 +242,12 @@ class Sim(Host):
         answer = [oracle(rid, k) for k in range(max_new)]
         client = Client(rid, max_new, self.faults.chance(0.9), poison, answer, self.loop.now)
         client.outcome = outcome
+        client.call = call or Call()
+        client.updates = self.updates
         prompt = [self.random.randrange(3)] * self.random.choice([1, 10, 70, 130])
         hidden = {} if client.continuable else {"return_hidden_states": True}
         self.clients[rid] = self.open[rid] = client
-        self.failover.submit(tokenized(rid, prompt, max_new, **hidden), outcome)
+        self.failover.submit(tokenized(rid, prompt, max_new, **hidden), outcome, call=client.call)
 
     def misfortunes(self) -> None:
         for group in self.groups:
@@ -232,13 +258,17 @@ class Sim(Host):
                 self.die(other)
             for other in self.groups:
                 other.wait = self.random.randrange(100, 200)
-        if strike("weight update", 0.004):
-            self.weights += 1
-            self.failover.journal.weights += 1
-            self.failover.plan_shadows(content="")
-            for channel in [c for c in self.failover.channels.values() if c.up_to_date]:
+        if self.control.rolling is None and strike("weight update", 0.004):
+            self.weights = self.newest = self.newest + 1
+            self.updates += 1
+            up_to_date = [c for c in self.failover.channels.values() if c.up_to_date]
+            self.failover.set_weights(up_to_date, "")
+            for channel in up_to_date:
                 self.failover.send(channel, ("weights", self.weights))
-            self.failover.plan_shadows()
+            self.failover.journal.weights = str(self.weights)
+            self.failover.set_weights(up_to_date, str(self.weights))
+        if self.control.rolling is None and strike("weights group by group", 0.006):
+            self.control.start(self.random.choice([0.5, 5.0, 50.0]))
         if strike("clock jumps", 0.01):
             self.loop.now += self.random.choice([0.5, 3.0, 100.0])
             self.well_since = self.loop.now
@@ -272,12 +302,12 @@ class Sim(Host):
             group.mute = draw.randrange(2, 20)
         elif group.channel is not None and strike("input full", 0.001, group):
             group.channel.full = True
-        if strike("drain", 0.002, group):
+        if self.control.rolling is None and strike("drain", 0.002, group):
             known = self.membership.group(group.id)
             known.draining = not known.draining
             self.failover.route()
         if self.membership.group(group.id).draining and strike("planned move", 0.1, group):
-            self.failover._spawn(self.move_away(group.id))
+            self.failover.spawn(self.move_away(group.id))
 
     async def move_away(self, group: int) -> None:
         moved, _ = await self.failover.move_away(group)
@@ -296,9 +326,16 @@ class Sim(Host):
         if self.faults.event("request", 0.3):
             self.submit()
         if self.faults.event("batch", 0.03):
-            outcome = RequestOutcome()
-            for _ in range(3):
-                self.submit(outcome=outcome)
+            self.batches.append((RequestOutcome(), Call(), 3))
+        for outcome, call, left in [self.batches.pop(0) for _ in self.batches]:
+            # As upstream: not all at once. It does not go on after an error.
+            if outcome.failure is None and self.faults.chance(0.5):
+                left -= 1
+                self.submit(outcome=outcome, call=call)
+            if left and outcome.failure is None:
+                self.batches.append((outcome, call, left))
+            elif not any(client.call is call for client in self.open.values()):
+                self.failover.call_ended(call)
         if not self.faults.over:
             self.misfortunes()
         if any(group.hung or group.deaf or group.mute for group in self.groups):
@@ -354,8 +391,9 @@ class Sim(Host):
         elif self.well_since <= now - 1:
             assert self.given_out > now - 1, "some were given out, and then no more"
         if actor.router.groups and not actor._pumping:
-            assert not actor.hold._redirected, "a redirected request waits while a group serves"
-            if len(actor.router.groups) >= actor._groups.active:
+            waiting = [rid for rid in actor.hold._redirected if actor._served(rid)]
+            assert not waiting, f"redirected {waiting} wait while a group serves"
+            if self.control.rolling is None and len(actor.router.groups) >= actor._groups.active:
                 assert not actor.hold._new, "a request waits while all groups serve"
 
     def check_bounds(self, now: float) -> None:
@@ -365,7 +403,10 @@ class Sim(Host):
         # Those of channels that were closed a moment ago still end.
         assert len(actor._tasks) <= 20 * len(self.groups), "tasks pile up"
         assert actor._inbox.qsize() <= 100, "events pile up"
-        if actor.router.groups:
+        if self.control.rolling is not None:
+            # Some may wait for a group with the old weights; `quiet` sees to it that nobody does for ever.
+            self.served_since = now
+        elif actor.router.groups:
             since = max(self.well_since, self.served_since)
             for client in self.open.values():
                 assert now - max(since, client.moved_at) < PATIENCE, f"{client.rid}: nothing happens"
@@ -382,6 +423,7 @@ class Sim(Host):
             host=self, groups=groups, plan=plan(self.args), paths=Paths("run"), incarnation="i", events=events,
             metrics=NoMetrics(),
         )  # fmt: skip
+        self.failover.journal.weights = str(self.weights)
         running = self.loop.create_task(self.failover.run())
         try:
             for _ in range(self.steps):
@@ -410,8 +452,12 @@ class Sim(Host):
         self.failover.route()
         end = self.loop.now + QUIET
         actor = self.failover
-        while self.loop.now < end and (actor.requests or len(actor.router.groups) < actor._groups.active):
+        while self.loop.now < end and (
+            actor.requests or self.batches or self.control.rolling or len(actor.router.groups) < actor._groups.active
+        ):
             await self.one(running)
+        assert self.control.rolling is None, f"a weight update does not end: {self.control.driver.status()}"
+        assert not actor.begun and actor.journal.other_weights is None
         assert not self.open, f"never ended: {list(self.open)}"
         assert not self.failover.requests and not len(self.failover.hold) and not len(self.failover.journal)
         assert len(self.failover.router.groups) == self.failover._groups.active
@@ -435,6 +481,7 @@ def simulate(
     with (
         patch.object(failover_module, "time", sim.loop),
         patch.object(requests_module, "time", sim.loop),
+        patch.object(rolling_module, "time", sim.loop),
         patch.object(requests_module, "GIVEN_AT_ONCE", requests_module.REQUEST_COST * (1 + seed % 3)),
     ):
         try:

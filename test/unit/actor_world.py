@@ -83,6 +83,7 @@ class World(Host):
 
     async def prepare_group(self, channel: Any) -> str | None:
         await asyncio.sleep(0.1)
+        channel.weights = self.actor.journal.weights
         return self.unprepared
 
     async def deliver(self, batch: Any) -> None:
@@ -101,9 +102,6 @@ class World(Host):
 
     def control_reply(self, group: int, epoch: int, reply: Any) -> None:
         self.replies.append((group, epoch, reply))
-
-    def content(self) -> str:
-        return "0"
 
     def group_lost(self, group: int, epoch: int) -> None:
         pass

@@ -122,11 +122,33 @@ def test_room_is_in_one_group_not_in_the_sum():
     assert not r.has_room(41)
 
 
-def test_flushed_caches_are_forgotten():
+def test_only_groups_with_the_weights_of_a_request_are_asked():
+    r = router()
+    r.started(0, 10, [])
+    r.set_weights(0, "new")
+    assert r.choose([]) == 1 and r.choose([], weights="new") == 0 and r.choose([], weights="gone") is None
+    assert set(r.having("new")) == {0} and 0 not in r.having("")
+    assert not r.has_room(0, "gone") and r.has_room(0, "new")
+    r.add(9, 1, 5, "new")
+    assert r.has_room(1 << 40, "new"), "an idle one takes any"
+    r.started(9, 5, [])
+    assert not r.has_room(1 << 40, "new")
+
+
+def test_an_heir_with_other_weights_has_nothing_of_it():
     r = router()
     r.started(1, 10, prompt(3))
-    r.forget_prefixes()
-    assert r.choose(prompt(3)) == 0
+    r.set_weights(0, "new")
+    r.remove(1, heir=0)
+    assert not r.groups[0].blocks
+
+
+def test_what_was_cached_of_other_weights_is_forgotten():
+    r = router()
+    r.started(1, 10, prompt(3))
+    for group in list(r.groups):
+        r.set_weights(group, "new")
+    assert r.choose(prompt(3), weights="new") == 0
 
 
 def test_memory_is_bounded_and_forgets_the_oldest(monkeypatch):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -23,6 +23,7 @@ class Channel:
     epoch: int
     place: Place
     ours: bool = True
+    weights: str = "w"
 
     def tells_plans(self) -> bool:
         return self.ours
@@ -37,9 +38,13 @@ def plans_of(active: int = ACTIVE, **flags: Any) -> ShadowPlans:
     return ShadowPlans(plan(args), Paths("/run"))
 
 
+def news_of(plans: ShadowPlans, channels: list, draining=(), weights: str = "w") -> list:
+    return plans.news([replace(each, weights=weights) for each in channels], draining)
+
+
 def told(plans: ShadowPlans, epochs: dict[int, int], draining=(), content: str = "w", active: int = ACTIVE) -> dict:
     """(content, target's group and epoch) by (group, epoch) of those that are told something."""
-    news = plans.news([channel(group, epoch, active) for group, epoch in epochs.items()], draining, content)
+    news = news_of(plans, [channel(group, epoch, active) for group, epoch in epochs.items()], draining, content)
     assert len({channel for channel, _ in news}) == len(news)
     return {(channel.group, channel.epoch): (plan.content, as_pair(plan.target)) for channel, plan in news}
 
@@ -139,36 +144,38 @@ def test_others_are_told_where_the_ranks_listen_and_those_of_this_launch_their_f
     here = Channel(0, 1, Place("0", endpoints=("tcp://a:1",)))
     beside = Channel(1, 1, Place("1"))
     there = Channel(7, 3, Place("b7", "b", local=False, endpoints=("tcp://b:1",)))
-    news = {who.group: plan.target for who, plan in plans.news([here, beside, there], [], "w")}
+    news = {who.group: plan.target for who, plan in news_of(plans, [here, beside, there])}
     assert news == {0: ShadowTarget("b7", 3, ["tcp://b:1"]), 1: news[0], 7: ShadowTarget("0", 1, ["tcp://a:1"])}
-    news = {who.group: plan.target for who, plan in plans.news([here, beside], [], "w")}
+    news = {who.group: plan.target for who, plan in news_of(plans, [here, beside])}
     assert news[0] == ShadowTarget("1", 1, ["ipc:///run/g1e1.shadow0"])
     # It listens elsewhere now, though its epoch is the same: its launch was another.
-    plans.news([here, there], [], "w")
+    news_of(plans, [here, there])
     moved = Channel(7, 3, Place("b7", "b", local=False, endpoints=("tcp://b:2",)))
-    assert [plan.target for _, plan in plans.news([here, moved], [], "w")] == [ShadowTarget("b7", 3, ["tcp://b:2"])]
+    assert [plan.target for _, plan in news_of(plans, [here, moved])] == [ShadowTarget("b7", 3, ["tcp://b:2"])]
 
 
 def test_with_tcp_for_all_those_of_this_launch_are_told_that_too():
     plans = plans_of(shadow_transport="tcp")
     channels = [Channel(group, 1, Place(str(group), endpoints=(f"tcp://a:{group}",))) for group in range(2)]
-    news = {who.group: plan.target for who, plan in plans.news(channels, [], "w")}
+    news = {who.group: plan.target for who, plan in news_of(plans, channels)}
     assert news == {0: ShadowTarget("1", 1, ["tcp://a:1"]), 1: ShadowTarget("0", 1, ["tcp://a:0"])}
 
 
 def test_a_group_that_another_frontend_tells_is_told_once_it_is_ours() -> None:
     plans = plans_of()
     here, shared = channel(0, 1), Channel(1, 1, Place("x", local=False, endpoints=("tcp://x:1",)), ours=False)
-    news = plans.news([here, shared], [], "w")
+    news = news_of(plans, [here, shared])
     assert [(who.group, plan.target.name) for who, plan in news] == [(0, "x")], "its store may be a target all the same"
     ours = Channel(1, 1, shared.place)
-    assert [who.group for who, _ in plans.news([here, ours], [], "w")] == [1]
+    assert [who.group for who, _ in news_of(plans, [here, ours])] == [1]
 
 
 def test_weights_have_another_name_in_another_version_of_the_software() -> None:
     plans = plans_of()
     groups = [Channel(number, 1, Place(str(number), version=v)) for number, v in enumerate(("1", "1", "2"))]
-    news = {who.group: plan for who, plan in plans.news(groups, [], "w")}
+    news = {who.group: plan for who, plan in news_of(plans, groups)}
     assert news[0].content == news[1].content != news[2].content and news[2].target is None
-    assert plans.news(groups, [], "w") == []
-    assert {plan.content for _, plan in plans.news(groups, [], "")} == {""}, "while they change there is no name"
+    assert news_of(plans, groups) == []
+    assert {plan.content for _, plan in news_of(plans, groups, weights="")} == {""}, (
+        "while they change there is no name"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from sglang_kevlar.protocol.launch import KevlarArgs
@@ -41,10 +42,12 @@ class HoldQueue:
         queue[rid] = Held(rid, deadline=now + self._args.hold_timeout, since=now)
         return True
 
-    def first(self) -> Held | None:
+    def first(self, served: Callable[[str], bool] = lambda rid: True) -> Held | None:
+        """The next of those that are ``served``: for whose weights there is a group."""
         for queue in (self._redirected, self._new):
-            if queue:
-                return next(iter(queue.values()))
+            for held in queue.values():
+                if served(held.rid):
+                    return held
         return None
 
     def remove(self, rid: str) -> Held | None:

@@ -59,8 +59,8 @@ class Entry:
     prompt_tokens: int
     #: new tokens it may still ask for, clipped (see RESERVE_NEW_TOKENS)
     max_new_tokens: int
-    #: counter of weight updates when it was sent to the group that made its first token (see Journal.weights)
-    weights: int
+    #: name of the weights that it began with, and has to its end
+    weights: str
     #: why this request cannot be continued once a token was delivered; None when it can
     not_continuable: str | None = None
     delivered: array[int] = field(default_factory=lambda: array("q"))
@@ -114,8 +114,10 @@ class Journal:
         self._next_attempt = 0
         self._entries: dict[str, Entry] = {}
         self._by_wire: dict[str, Entry] = {}
-        #: bumped by every weight update; entries never continue across a bump
-        self.weights = 0
+        #: name of the weights that requests begin with; entries never continue with others
+        self.weights = ""
+        #: during a `control.rolling` update, of those that groups serve besides
+        self.other_weights: str | None = None
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -123,14 +125,25 @@ class Journal:
     def get(self, rid: str) -> Entry | None:
         return self._entries.get(rid)
 
-    def open(self, rid: str, prompt_tokens: int, max_new_tokens: int, not_continuable: str | None = None) -> Entry:
+    def open(
+        self,
+        rid: str,
+        prompt_tokens: int,
+        max_new_tokens: int,
+        not_continuable: str | None = None,
+        weights: str | None = None,
+    ) -> Entry:
+        """``weights``: of the call that it is a part of, when others of that have begun."""
         assert rid not in self._entries, f"request {rid} is already open"
-        entry = Entry(rid, prompt_tokens, max_new_tokens, weights=self.weights, not_continuable=not_continuable)
+        begins_with = self.weights if weights is None else weights
+        entry = Entry(rid, prompt_tokens, max_new_tokens, weights=begins_with, not_continuable=not_continuable)
         self._entries[rid] = entry
         return entry
 
-    def begin_attempt(self, entry: Entry, group: int, epoch: int, now: float = 0.0) -> Attempt:
-        """The request goes to ``(group, epoch)``. It must not be anywhere else."""
+    def begin_attempt(
+        self, entry: Entry, group: int, epoch: int, now: float = 0.0, weights: str | None = None
+    ) -> Attempt:
+        """The request goes to ``(group, epoch)``, which has ``weights``. It must not be anywhere else."""
         assert self._entries.get(entry.rid) is entry, f"request {entry.rid} is not open"
         assert entry.attempt is None, f"request {entry.rid} already runs on group {entry.attempt}"
         self._next_attempt += 1
@@ -139,10 +152,14 @@ class Journal:
         wire_rid = f"{entry.rid}{WIRE_SEPARATOR}{self._incarnation}.{self._next_attempt}{end}"
         entry.started = False
         entry.attempt = Attempt(wire_rid, group, epoch, entry.reserved_tokens, now)
-        if not entry.delivered:
-            entry.weights = self.weights
+        has = self.weights if weights is None else weights
+        assert not entry.delivered or entry.weights == has, f"request {entry.rid} continues with other weights"
+        entry.weights = has
         self._by_wire[wire_rid] = entry
         return entry.attempt
+
+    def serves(self, weights: str) -> bool:
+        return weights in (self.weights, self.other_weights)
 
     def accept(self, wire_rid: str, group: int, epoch: int) -> Entry | None:
         """The request a message of ``(group, epoch)`` belongs to, or None when that attempt was fenced."""
@@ -261,7 +278,7 @@ class Journal:
         rid = entry.rid
         if entry.delivered and entry.not_continuable is not None:
             return Refusal("not_continuable", f"request {rid}: its worker group was lost and {entry.not_continuable}")
-        if entry.delivered and entry.weights != self.weights:
+        if entry.delivered and not self.serves(entry.weights):
             return Refusal(
                 "weights", f"request {rid}: its worker group was lost, and its model weights are no longer served"
             )

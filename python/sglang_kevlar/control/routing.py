@@ -28,6 +28,8 @@ class GroupLoad:
     epoch: int
     #: KV tokens the group can hold (upstream's max_total_num_tokens)
     capacity_tokens: int
+    #: name of the weights that it serves
+    weights: str = ""
     requests: int = 0
     tokens: int = 0
     blocks: OrderedDict[int, None] = field(default_factory=OrderedDict)
@@ -52,30 +54,36 @@ class Router:
     def __init__(self) -> None:
         self.groups: dict[int, GroupLoad] = {}
 
-    def add(self, group: int, epoch: int, capacity_tokens: int) -> None:
+    def add(self, group: int, epoch: int, capacity_tokens: int, weights: str = "") -> None:
         assert group not in self.groups, f"group {group} already serves"
-        self.groups[group] = GroupLoad(epoch, capacity_tokens)
+        self.groups[group] = GroupLoad(epoch, capacity_tokens, weights)
 
     def remove(self, group: int, heir: int | None = None) -> None:
         """``heir``: the group that has the shadow of its cache, where its prefixes are to be looked for now."""
         gone = self.groups.pop(group, None)
-        if gone is not None and heir in self.groups:
-            self.groups[heir].remember(gone.blocks)
+        inherits = None if gone is None or heir is None else self.having(gone.weights).get(heir)
+        if gone is not None and inherits is not None:
+            inherits.remember(gone.blocks)
 
-    def choose(self, blocks: Sequence[int], tokens: int = 0, spread: bool = False) -> int | None:
-        """The group for a prompt of these blocks (`block_hashes`), or None when none serves.
+    def having(self, weights: str) -> dict[int, GroupLoad]:
+        """Those that serve ``weights``: all, but for the time of a `control.rolling` update."""
+        return {group: load for group, load in self.groups.items() if load.weights == weights}
+
+    def choose(self, blocks: Sequence[int], tokens: int = 0, spread: bool = False, weights: str = "") -> int | None:
+        """The group for a prompt of these blocks (`block_hashes`), or None when none serves ``weights``.
 
         ``tokens``: what it may take of a group's KV pool. Where that is not free it would wait, or push out others.
         ``spread`` ignores prefixes: redirected requests go to whoever is least busy, so that a lost group's
         requests land on all survivors and not on one.
         """
-        if not self.groups:
+        groups = self.having(weights)
+        if not groups:
             return None
-        least = min(self.groups, key=lambda group: self._busy(group))
-        if spread or len(self.groups) == 1:
+        least = min(groups, key=lambda group: self._busy(group))
+        if spread or len(groups) == 1:
             return least
         best, matched = least, 0
-        for group, load in self.groups.items():
+        for group, load in groups.items():
             hits = 0
             for block in blocks:
                 if block not in load.blocks:
@@ -102,14 +110,17 @@ class Router:
         load.tokens -= tokens
         assert load.requests >= 0 and load.tokens >= 0, f"load of group {group} below zero"
 
-    def forget_prefixes(self) -> None:
-        """The caches were flushed."""
-        for load in self.groups.values():
+    def set_weights(self, group: int, weights: str) -> None:
+        """With other weights its cache is another, or flushed."""
+        load = self.groups.get(group)
+        if load is not None:
+            load.weights = weights
             load.blocks.clear()
 
-    def has_room(self, tokens: int) -> bool:
-        """Whether some group can hold ``tokens`` more without evicting what it is running."""
-        return any(load.fits(tokens) for load in self.groups.values())
+    def has_room(self, tokens: int, weights: str = "") -> bool:
+        """Whether a group with ``weights`` can hold ``tokens`` more without evicting what it is running; an idle one
+        takes any, or what is larger than all would wait for ever."""
+        return any(load.requests == 0 or load.fits(tokens) for load in self.having(weights).values())
 
     def _busy(self, group: int) -> tuple[int, int, int]:
         load = self.groups[group]

@@ -59,6 +59,13 @@ def _parser() -> argparse.ArgumentParser:
     which.add_argument("--all", action="store_true", help="one after the other, until one does not come back")
     for command, what in ((drain, "even if no other group serves"), (restart, "that, too, and without emptying it")):
         command.add_argument("--force", action="store_true", help=what)
+    weights = commands.add_parser(
+        "weights", parents=[common, waits], help="other weights from disk in all groups, one after the other"
+    )
+    weights.add_argument("model_path", help="where they are, for every group")
+    weights.add_argument("--version", metavar="NAME", help="weight_version of the answers that are made with them")
+    weights.add_argument("--load-format", metavar="FORMAT", help="default: as at the start")
+    weights.set_defaults(force=False, grace=600.0)
     commands.add_parser("sizing", add_help=False, help="memory and bandwidth of a shadow: sglang_kevlar.shadow_sizing")
     return parser
 
@@ -97,6 +104,9 @@ def run(args: argparse.Namespace) -> None:
     if args.command == "restart":
         result = moves.restart_all() if args.all else [moves.restart(args.group)]
         text = f"restarted: {', '.join(str(each['group']) for each in result)}"
+    elif args.command == "weights":
+        result = moves.roll_weights(args.model_path, args.version, args.load_format)
+        text = f"all groups have the weights of {args.model_path}, after {result['seconds']:.1f} s"
     elif args.command == "drain":
         moves.drain(args.group)
         result, text = {"group": args.group, "action": "drain"}, f"group {args.group} is drained and empty"

@@ -89,6 +89,31 @@ class Moves:
         cause = group.get("cause") or group.get("state") or "not in the status"
         raise Failed(f"group {number} is not back after {self._timeout:g} s: {cause}")
 
+    def roll_weights(self, model_path: str, version: str | None, load_format: str | None) -> dict[str, Any]:
+        """Returns when all groups have them. Raises Failed; a wait that is over does not end the update."""
+        fields = {"model_path": model_path, "weight_version": version, "load_format": load_format}
+        self._server.roll_weights(**fields, deadline=self._grace)
+        said, waited_since = "", self._clock()
+        # Until nothing has changed for so long: how often it is waited for depends on the number of groups.
+        while self._clock() - waited_since < self._grace + self._timeout:
+            now = next(self._looks(0.0), None) or {}
+            self._sleep(POLL)
+            update = now.get("weights")
+            if now and update is None:
+                raise Failed("the frontend started anew: groups get the weights as they are taken up; see status")
+            if update is None:
+                continue
+            if update["state"] == "failed":
+                raise Failed(f"no group has the weights: {update['error']}")
+            if update["state"] == "done":
+                done: dict[str, Any] = update
+                return done
+            doing = f"{update['doing']}; {_progress(update)}"
+            if doing != said:
+                self._say(doing)
+                said, waited_since = doing, self._clock()
+        raise Failed(f"nothing has changed for {self._grace + self._timeout:g} s: {said}")
+
     def _empty(self, number: int) -> None:
         self._server.maintain(number, "drain", deadline=self._grace)
         said, running = -1, 0
@@ -140,3 +165,8 @@ class Moves:
             known = ", ".join(str(group["id"]) for group in groups) or "none"
             raise Failed(f"there is no group {number}; there are: {known}")
         return found
+
+
+def _progress(update: dict[str, Any]) -> str:
+    left = ", ".join(map(str, update["groups_left"])) or "none"
+    return f"groups left: {left}; requests on the old weights: {update['requests_left']}"

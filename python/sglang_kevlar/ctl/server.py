@@ -48,9 +48,15 @@ class Server:
         asked = f"?{urllib.parse.urlencode(query)}" if query else ""
         self._ask("POST", f"/kevlar/groups/{group}/{action}{asked}", self._admin_key)
 
-    def _ask(self, method: str, path: str, key: str | None) -> Any:
+    def roll_weights(self, **fields: Any) -> None:
+        """Raises Failed."""
+        self._ask("POST", "/kevlar/weights", self._admin_key, json.dumps(fields).encode())
+
+    def _ask(self, method: str, path: str, key: str | None, body: bytes | None = None) -> Any:
         try:
-            request = urllib.request.Request(self.url + path, method=method)
+            request = urllib.request.Request(self.url + path, body, method=method)
+            if body is not None:
+                request.add_header("Content-Type", "application/json")
             if key:
                 request.add_header("Authorization", f"Bearer {key}")
             with urllib.request.urlopen(request, timeout=self._timeout) as answer:

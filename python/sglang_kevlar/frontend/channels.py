@@ -45,6 +45,10 @@ class Channel:
         self.place = place
         #: the group has the weights and adapters of the others and may serve
         self.up_to_date = False
+        #: name of its weights (`frontend.replay`); empty while they change
+        self.weights = ""
+        #: it is being emptied to get other weights: no new requests (`frontend.rolling_weights`)
+        self.taken = False
         #: it is about to be fenced
         self.given_up = False
         #: the group that had its shadow when it was given up

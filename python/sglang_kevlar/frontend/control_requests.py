@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fastapi import HTTPException
 from sglang.srt.managers.io_struct import (
     ContinueGenerationReqInput,
+    FlushCacheReqInput,
     PauseGenerationReqInput,
     UpdateWeightFromDiskReqInput,
     UpdateWeightFromDiskReqOutput,
@@ -32,6 +33,26 @@ logger = logging.getLogger(__name__)
 _UNANSWERED = (PauseGenerationReqInput, ContinueGenerationReqInput)
 #: how upstream says that a failed update may have left some of the weights changed
 _SPOILED = ("Rolling back", "partially updated")
+NO_ANSWER = "no answer"
+ROLLING = "a weight update goes from group to group; see `weights` in /kevlar/status"
+#: seconds for what was moved away from a group to be gone from it
+IDLE_TIMEOUT = 30.0
+
+
+def spoiled(why: str) -> bool:
+    """Whether an update that failed so may have left weights that are neither the old ones nor the new."""
+    return any(said in why for said in _SPOILED)
+
+
+class Rolling(Protocol):
+    """What is to be known here of `frontend.rolling_weights`."""
+
+    @property
+    def old(self) -> str:
+        """Name of the weights that the update replaces."""
+
+    def starts_with_old(self) -> bool:
+        """Whether a group that starts is to get the old weights."""
 
 
 class ControlRequests:
@@ -49,7 +70,7 @@ class ControlRequests:
         self._changes = changes
         self._timeout = timeout
         self._update_groups = UpdateGroups(tp_size)
-        self._transfers = WeightTransfers(failover, changes, self._weights_change, timeout, metrics)
+        self._transfers = WeightTransfers(failover, changes, self.weights_change, timeout, metrics)
         #: by the type of the answer
         self._communicators: dict[type, GroupCommunicator] = {}
         #: the answer to what is being replayed
@@ -58,6 +79,8 @@ class ControlRequests:
         self._replayed: dict[GroupEpoch, list[Any]] = {}
         #: an update that no group was there for, and why the first one that started since did not take it
         self._awaited: tuple[Any, asyncio.Future[str | None]] | None = None
+        #: the update that goes from group to group, while one does
+        self.rolling: Rolling | None = None
 
     def communicator(self, name: str, answer: type) -> GroupCommunicator:
         made = GroupCommunicator(
@@ -71,21 +94,19 @@ class ControlRequests:
 
         Raises HTTPException 400 for what must not be sent.
         """
-        self._check(request)
         channels = {(c.group, c.epoch): c for c in self._failover.channels.values() if c.up_to_date}
-        for channel in channels.values():
-            if (reason := channel.refusal(request)) is not None:
-                raise HTTPException(400, f"{type(request).__name__}: {reason}")
+        self.check(request, channels.values())
+        if self.rolling is not None and self._changes.is_change(request):
+            raise HTTPException(409, f"{type(request).__name__}: {ROLLING}")
         messages = self._update_groups.messages(request, channels.keys())
         self._changes.record(request)
-        weights = bool(channels) and changes_weights(request)
+        weights = changes_weights(request)
         if weights:
-            self._forget_kv()
             # In every group's own order: nothing is shadowed or promoted between the old weights and the new.
-            self._failover.plan_shadows(content="")
+            self._failover.set_weights(channels.values(), "")
         sent = {member for member, channel in channels.items() if self._failover.send(channel, messages[member])}
         if weights:
-            self._failover.plan_shadows()
+            self._serve_weights()
         return sent
 
     def answer(self, member: GroupEpoch, reply: Any) -> bool:
@@ -118,9 +139,9 @@ class ControlRequests:
             return list(await self._communicators[UpdateWeightFromDiskReqOutput](request))
         if self._awaited is not None:
             raise HTTPException(409, "update_weights_from_disk: another one waits for a worker group")
-        self._check(request)
+        self.check(request, ())
         self._changes.record(request)
-        self._forget_kv()
+        self._serve_weights()
         self._awaited = (request, asyncio.get_running_loop().create_future())
         try:
             async with asyncio.timeout(self._timeout):
@@ -140,11 +161,35 @@ class ControlRequests:
         """Replay changes to a group that starts, one by one, also those that come meanwhile. See Host."""
         # Of a group on another host the frontend before this one had another count.
         if not channel.remote and self._changes.has_all(channel.group, channel.epoch):
+            channel.weights = self._changes.content
             return None  # it served the frontend before this one
-        applied: list[Any] = []
+        return await self._bring_up_to_date(channel, [])
+
+    async def take_new_weights(self, channel: Channel) -> str | None:
+        """Of a `control.rolling` update, to a group that is empty and not up to date; as `prepare`.
+
+        The group has answered all that it was asked for: see `GroupCommunicator.awaits`.
+        """
+        # Upstream ends a scheduler that cannot flush after an update. Here it waits for what is moved to be gone.
+        idle = FlushCacheReqInput(timeout_s=IDLE_TIMEOUT)
+        if (reason := await self._ask(channel, idle)) is not None:
+            return f"it does not get idle: {reason}"
+        wanted = self._changes.replay()
+        had = [change for change in self._changes.replay(old=True) if any(change is other for other in wanted)]
+        return await self._bring_up_to_date(channel, had, new=True)
+
+    def awaits(self, member: GroupEpoch) -> bool:
+        """Whether this group has been asked for something that it has not answered."""
+        return any(communicator.awaits(member) for communicator in self._communicators.values())
+
+    async def _bring_up_to_date(self, channel: Channel, applied: list[Any], new: bool = False) -> str | None:
+        """``applied``: what it has. ``new``: of a rolling update, those weights, whatever else there is."""
+        rolling, old = self.rolling, self._starts_with_old() and not new
         #: names the weights that came from another group
         fetched: str | None = None
         while not channel.closed:
+            if self.rolling is not rolling:
+                rolling, old = self.rolling, self._starts_with_old()
             if self._changes.not_replayable is not None and fetched != self._changes.content:
                 fetched, reason = await self._transfers.bring(channel)
                 if reason is not None:
@@ -153,12 +198,13 @@ class ControlRequests:
                 continue
             if fetched not in (None, self._changes.content) and self._changes.weights is None:
                 return "the change whose weights it took over was taken back meanwhile"
-            wanted = self._changes.replay()
+            wanted = self._changes.replay(old)
             if any(all(change is not other for other in wanted) for change in applied):
                 return "a change that had been replayed to it was taken back or replaced meanwhile"
             missing = [change for change in wanted if all(change is not other for other in applied)]
             if not missing:
-                if not channel.remote:
+                channel.weights = rolling.old if old and rolling is not None else self._changes.content
+                if not channel.remote and not old:
                     self._changes.set_up_to_date(channel.group, channel.epoch)
                 self._replayed[channel.group, channel.epoch] = applied
                 return None
@@ -178,19 +224,26 @@ class ControlRequests:
         if isinstance(change, _UNANSWERED):
             self._failover.send(channel, change)
             return None
+        reason = await self._ask(channel, change)
+        return None if reason is None else f"{name} could not be replayed to it: {reason}"
+
+    async def _ask(self, channel: Channel, request: Any) -> str | None:
+        """Of a group that is not up to date, so that nobody else asks it. Why it did not do it, or None."""
         member = (channel.group, channel.epoch)
         self._replaying[member] = asyncio.get_running_loop().create_future()
         try:
-            self._failover.send(channel, change)
+            self._failover.send(channel, request)
             async with asyncio.timeout(self._timeout):
                 answer = await self._replaying[member]
         except (TimeoutError, ConnectionError):
-            return f"{name} could not be replayed to it: no answer"
+            return NO_ANSWER
         finally:
             del self._replaying[member]
-        if not getattr(answer, "success", True):
-            return f"{name} could not be replayed to it: {reason_of(answer)}"
-        return None
+        return None if getattr(answer, "success", True) else reason_of(answer)
+
+    def _starts_with_old(self) -> bool:
+        """Whether a group that starts now is to get the weights that an update under way replaces."""
+        return self.rolling is not None and self.rolling.starts_with_old()
 
     # ---- groups that differ --------------------------------------------------------------------------------------
 
@@ -212,29 +265,44 @@ class ControlRequests:
             return
         self._retract(request, name)
         for (group, epoch), why in failed.items():
-            if why.startswith("no answer") or (changes_weights(request) and any(said in why for said in _SPOILED)):
+            if why.startswith(NO_ANSWER) or (changes_weights(request) and spoiled(why)):
                 self._kill(group, epoch, f"{name} failed there: {why}")
 
     def _retract(self, request: Any, name: str) -> None:
         self._changes.retract(request)
+        if changes_weights(request):
+            self._serve_weights()
         for (group, epoch), replayed in list(self._replayed.items()):
             if any(change is request for change in replayed):
                 self._kill(group, epoch, f"{name} was replayed to it and then failed in the others")
 
-    def _weights_change(self) -> bool:
+    def take_back(self, request: Any) -> None:
+        """A `control.rolling` update that failed: no group that is up to date has its weights."""
+        self._retract(request, "the weight update")
+        for channel in self._failover.channels.values():
+            if channel.up_to_date and not channel.remote:
+                self._changes.set_up_to_date(channel.group, channel.epoch)
+
+    def weights_change(self) -> bool:
         """Whether it is open which groups took a change of the weights."""
-        return any(
+        return self.rolling is not None or any(
             communicator.under_way is not None and changes_weights(communicator.under_way)
             for communicator in self._communicators.values()
         )
 
-    def _forget_kv(self) -> None:
-        self._failover.journal.weights += 1
-        self._failover.router.forget_prefixes()
+    def _serve_weights(self) -> None:
+        """All groups that are up to date have the weights as they are now, by name."""
+        self._failover.journal.weights = self._changes.content
+        up_to_date = [channel for channel in self._failover.channels.values() if channel.up_to_date]
+        self._failover.set_weights(up_to_date, self._changes.content)
 
     @staticmethod
-    def _check(request: Any) -> None:
+    def check(request: Any, channels: Iterable[Channel]) -> None:
+        """Whether it can be sent to these. Raises HTTPException 400."""
         try:
             check_message(request)
         except Unsendable as error:
             raise HTTPException(400, f"{type(request).__name__}: {error}") from error
+        for channel in channels:
+            if (reason := channel.refusal(request)) is not None:
+                raise HTTPException(400, f"{type(request).__name__}: {reason}")

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from http import HTTPStatus
 from typing import Any, Protocol, TypeAlias
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, Response
 from sglang.srt.environ import envs
+from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput
 from sglang.srt.managers.tokenizer_manager import ServerStatus
 from sglang.srt.utils.auth import AuthLevel, auth_level
 
 from sglang_kevlar.frontend import page
 from sglang_kevlar.frontend.drains import DEFAULT_DEADLINE, MAX_DEADLINE
+from sglang_kevlar.frontend.rolling_weights import DEFAULT_DEADLINE as ROLLING_DEADLINE
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +57,9 @@ class StatusSource(Protocol):
 
     async def restart_group(self, group: int) -> None:
         """Raises UnknownGroup, GroupStateConflict."""
+
+    async def roll_weights(self, request: UpdateWeightFromDiskReqInput, deadline: float) -> None:
+        """Begin to give all groups other weights, one after the other. Raises HTTPException."""
 
     async def probe_groups(self, timeout: float) -> dict[int, bool]:
         """Lets every group that serves generate a token, or sees one it is making anyway.
@@ -174,6 +180,18 @@ def install(app: FastAPI, source: StatusSource, health_timeout: float) -> None:
         maintain = auth_level(AuthLevel.ADMIN_OPTIONAL)(_maintenance(act.__name__, act))
         app.add_api_route(f"/kevlar/groups/{{group}}/{act.__name__}", maintain, methods=["POST"])
 
+    async def weights(request: Request) -> Response:
+        try:
+            update, deadline = _weight_update(await request.body())
+            await source.roll_weights(update, deadline)
+        except _BadValue as error:
+            return _error(HTTPStatus.BAD_REQUEST, str(error))
+        except HTTPException as error:
+            return _error(HTTPStatus(error.status_code), str(error.detail))
+        return JSONResponse({"action": "weights", "model_path": update.model_path}, HTTPStatus.ACCEPTED)
+
+    app.add_api_route("/kevlar/weights", auth_level(AuthLevel.ADMIN_OPTIONAL)(weights), methods=["POST"])
+
 
 def remove_routes(app: FastAPI, endpoints: Mapping[str, str]) -> None:
     """Removes the routes ``path -> name of the endpoint function`` from the app.
@@ -196,15 +214,38 @@ class _BadValue(Exception):
     """Of a parameter; the message is the client's."""
 
 
-def _deadline(text: str | None) -> float:
+def _deadline(value: Any, default: float = DEFAULT_DEADLINE) -> float:
     """Raises _BadValue."""
     try:
-        seconds = DEFAULT_DEADLINE if text is None else float(text)
-    except ValueError:
+        seconds = default if value is None else float(value)
+    except (TypeError, ValueError):
         seconds = -1.0
     if not 0 <= seconds <= MAX_DEADLINE:
-        raise _BadValue(f"deadline: must be 0 to {MAX_DEADLINE:g} seconds, got {(text or '')[:64]!r}")
+        raise _BadValue(f"deadline: must be 0 to {MAX_DEADLINE:g} seconds, got {str(value)[:64]!r}")
     return seconds
+
+
+def _weight_update(body: bytes) -> tuple[UpdateWeightFromDiskReqInput, float]:
+    """Of POST /kevlar/weights: the update, and the seconds for which requests may end on the old weights.
+
+    Raises _BadValue.
+    """
+    try:
+        fields = json.loads(body)
+    except ValueError as error:
+        raise _BadValue(f"the body is not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise _BadValue("the body must be a JSON object")
+    deadline = _deadline(fields.pop("deadline", None), ROLLING_DEADLINE)
+    known = ("model_path", "load_format", "weight_version")
+    if unknown := sorted(fields.keys() - set(known)):
+        raise _BadValue(f"{unknown[0][:64]!r} is not known; there are {', '.join(known)} and deadline")
+    if not fields.get("model_path"):
+        raise _BadValue("model_path is missing: where the weights are")
+    for name, value in fields.items():
+        if not isinstance(value, str) and (value is not None or name == "model_path"):
+            raise _BadValue(f"{name}: must be a string, got {str(value)[:64]!r}")
+    return UpdateWeightFromDiskReqInput(**fields), deadline
 
 
 _Act: TypeAlias = Callable[[int, Mapping[str, str]], Awaitable[None]]

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
@@ -107,7 +108,7 @@ class Failover(Requests):
             self.channels[group] = self._groups.open(event, capacity)
             if event.formed is not None:
                 self._metrics.formed(group, event.formed, event.formed_s)
-            self._spawn(self._attach(self.channels[group]))
+            self.spawn(self._attach(self.channels[group]))
         elif isinstance(event, GroupLost) and current is not None:
             await self._lost(current, event)
         elif isinstance(event, GroupSuspect) and current is not None:
@@ -130,7 +131,7 @@ class Failover(Requests):
             return
         if channel.closed:
             return
-        self._spawn(self._receive(channel))
+        self.spawn(self._receive(channel))
         # Requests of a frontend that died: their clients are gone.
         self.send(channel, AbortReq(abort_all=True))
         reason = await self._host.prepare_group(channel)
@@ -154,15 +155,16 @@ class Failover(Requests):
 
         A suspect is asked only when nobody else is left: with too little CPU, everything may be suspect at once.
         """
-        fit = [
-            group
-            for group, channel in sorted(self.channels.items())
-            if channel.up_to_date and not channel.given_up and not self._groups.is_draining(group)
-        ]
-        can = [group for group in fit if not self.channels[group].suspect] or fit
-        active = [group for group in can if not self._groups.is_standby(group)]
-        standby = [group for group in can if self._groups.is_standby(group)]
-        serving = {*active, *standby[: max(0, self._groups.active - len(active))]}
+        able: dict[str, list[int]] = {}
+        for group, channel in sorted(self.channels.items()):
+            if channel.up_to_date and not channel.given_up and not self._emptied(channel):
+                able.setdefault(channel.weights, []).append(group)
+        serving: set[int] = set()
+        for fit in able.values():
+            can = [group for group in fit if not self.channels[group].suspect] or fit
+            active = [group for group in can if not self._groups.is_standby(group)]
+            standby = [group for group in can if self._groups.is_standby(group)]
+            serving |= {*active, *standby[: max(0, self._groups.active - len(active))]}
         for group in self.router.groups.keys() - serving:
             self._stop_routing(self.channels[group])
         for group in sorted(serving - self.router.groups.keys()):
@@ -170,12 +172,22 @@ class Failover(Requests):
         self.plan_shadows()
         self._pump()
 
-    def plan_shadows(self, content: str | None = None) -> None:
-        """Tell the groups what is news about the shadows. ``content``: empty while the weights change."""
+    def _emptied(self, channel: Channel) -> bool:
+        """What it runs may end there or is moved, and nothing new goes to it."""
+        return channel.taken or self._groups.is_draining(channel.group)
+
+    def set_weights(self, channels: Iterable[Channel], weights: str) -> None:
+        """What these groups serve from here on. Empty: they change, and nothing is shadowed or promoted meanwhile."""
+        for channel in channels:
+            channel.weights = weights
+            self.router.set_weights(channel.group, weights)
+        self.plan_shadows()
+
+    def plan_shadows(self) -> None:
+        """Tell the groups what is news about the shadows."""
         channels = [channel for channel in self.channels.values() if channel.up_to_date and not channel.given_up]
-        draining = {channel.group for channel in channels if self._groups.is_draining(channel.group)}
-        wanted = self._host.content() if content is None else content
-        for channel, plan in self._shadows.news(channels, draining, wanted):
+        draining = {channel.group for channel in channels if self._emptied(channel)}
+        for channel, plan in self._shadows.news(channels, draining):
             self.send(channel, plan)
 
     def _stop_routing(self, channel: Channel) -> None:
@@ -191,7 +203,7 @@ class Failover(Requests):
         self._stop_routing(channel)
 
     def _add(self, channel: Channel) -> None:
-        self.router.add(channel.group, channel.epoch, channel.capacity)
+        self.router.add(channel.group, channel.epoch, channel.capacity, channel.weights)
         self._metrics.group(channel.group, ready=True, epoch=channel.epoch)
         for request in self.requests.values():
             attempt = request.entry.attempt
@@ -230,8 +242,8 @@ class Failover(Requests):
             self._redirect(self.requests[entry.rid], channel.heir)
         self.route()
 
-    async def move_away(self, group: int) -> tuple[int, int]:
-        """Move what a draining group runs to the others: how many were moved, and how many are left.
+    async def move_away(self, group: int, cause: str = "drained by an operator") -> tuple[int, int]:
+        """Move what a group that is to be empty runs to the others: how many were moved, and how many are left.
 
         What cannot be continued elsewhere ends where it is, and so does everything while no other group serves.
         """
@@ -240,14 +252,13 @@ class Failover(Requests):
             if channel is None or channel.given_up:
                 return 0, 0  # its loss moves them
             entries = self.journal.running_on(group, channel.epoch)
-            if not self._groups.is_draining(group):
+            if not self._emptied(channel):
                 return 0, 0
-            if not self.router.groups:
-                return 0, len(entries)
             going = [
                 entry
                 for entry in entries
                 if not self.requests[entry.rid].abort_requested
+                and self._served(entry.rid)
                 and self.journal.stays(entry) is None
                 # It may report nothing before its end: elsewhere it would begin from nothing.
                 and not (entry.started and entry.not_continuable is not None)
@@ -259,7 +270,7 @@ class Failover(Requests):
             self.events.failover(
                 group=group,
                 epoch=channel.epoch,
-                cause="drained by an operator",
+                cause=cause,
                 kind="operator",
                 detect_ms=0.0,
                 rids=[entry.rid for entry in going],
@@ -274,6 +285,16 @@ class Failover(Requests):
             self._pump()
             return len(going), len(entries) - len(going)
 
+    async def refuse_running(self, which: Callable[[Entry], bool], why: str) -> None:
+        """End these requests with an error, wherever they are."""
+        async with self._turn:
+            for request in [r for r in self.requests.values() if which(r.entry) and not r.ended]:
+                attempt = request.entry.attempt
+                if attempt is not None:
+                    # What it still sends of it comes under an id that nobody knows any more.
+                    self.send(self.channels[attempt.group], AbortReq(rid=attempt.wire_rid))
+                self._refuse(request, Failure(500, f"request {request.entry.rid}: {why}", "weights"))
+
     def _redirect(self, request: InFlight, heir: int | None) -> None:
         """Queue a request of a lost group, before all new ones; or end it, if it must not run again."""
         entry = request.entry
@@ -282,13 +303,13 @@ class Failover(Requests):
             self._end_aborted(request, AbortReq(rid=entry.rid))
             return
         # While others are served, `_pump` refuses: that takes time, too, of which each go has little.
-        refusal = None if self.router.groups else self.journal.refusal(entry)
+        refusal = None if self._served(entry.rid) else self.journal.refusal(entry)
         if refusal is not None:
             self._refuse(request, Failure(500, refusal.message, refusal.kind))
             return
         held = self.hold.hold(entry.rid, time.monotonic(), redirected=True)
         assert held, "a redirected request always finds a place"
-        if not self.router.groups:
+        if not self._served(entry.rid):
             self.events.held(entry.rid)
 
     # ---- what groups send ----------------------------------------------------------------------------------------

@@ -113,6 +113,9 @@ class GroupCommunicator:
             self._answers[member] = answer
             self._changed.set()
 
+    def awaits(self, member: GroupEpoch) -> bool:
+        return self._owed[member] > 0 or (member in self._expected and member not in self._answers)
+
     def on_group_lost(self, member: GroupEpoch) -> None:
         self._expected.discard(member)
         self._owed.pop(member, None)

@@ -54,11 +54,10 @@ class Host:
         raise NotImplementedError
 
     async def prepare_group(self, channel: Channel) -> str | None:
-        """Bring a group that just became ready to the state of the others. A reason why it must not serve, or None."""
-        raise NotImplementedError
+        """Bring a group that just became ready to the state of the others, and note its weights in the channel.
 
-    def content(self) -> str:
-        """A name for the weights that all groups serve; another one after every change of them."""
+        A reason why it must not serve, or None.
+        """
         raise NotImplementedError
 
     def redirect_through(self, rid: str, redirect: Redirect) -> None:

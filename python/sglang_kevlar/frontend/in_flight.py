@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from array import array
+from dataclasses import dataclass
 from typing import TypeAlias
 
 from sglang.srt.managers.io_struct import TokenizedEmbeddingReqInput, TokenizedGenerateReqInput
@@ -18,6 +19,14 @@ TokenizedRequest: TypeAlias = TokenizedGenerateReqInput | TokenizedEmbeddingReqI
 
 class TextMismatch(Exception):
     """The group that resumed a request made other text of the same tokens: nothing more can be sent exactly."""
+
+
+@dataclass(slots=True)
+class Call:
+    """What is made with the same weights: a request, or all of a batch or of n > 1."""
+
+    #: name of the weights, once a request of it was submitted
+    weights: str | None = None
 
 
 class InFlight:

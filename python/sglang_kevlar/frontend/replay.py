@@ -80,6 +80,8 @@ class RunTimeChanges:
         #: `_changes` is `_settled` with the `_recent` ones on top: each request with a name for the weights after it
         self._settled = self._changes
         self._recent: deque[tuple[Any, str]] = deque()
+        #: while an update goes from group to group: what was before it
+        self._old: _Changes | None = None
 
     @property
     def not_replayable(self) -> str | None:
@@ -117,6 +119,19 @@ class RunTimeChanges:
             self._settled = self._after(self._settled, *self._recent.popleft())
         self._changes = changes
         self._save()
+
+    def begin_rolling(self, request: UpdateWeightFromDiskReqInput) -> None:
+        """``request`` goes from group to group; no other change comes until `end_rolling`.
+
+        A frontend that takes over meanwhile gives the new weights to all: it has no requests of the old ones.
+        """
+        assert self._old is None
+        self._old = self._changes
+        self._up_to_date.clear()
+        self.record(request)
+
+    def end_rolling(self) -> None:
+        self._old = None
 
     def retract(self, request: Any) -> None:
         """No group did what ``request`` asked for, so none must later. Others, also later ones, stay."""
@@ -185,9 +200,10 @@ class RunTimeChanges:
         """Loads and unloads, in order."""
         return [change for changes in self._changes.adapters.values() for change in changes]
 
-    def replay(self) -> list[Any]:
+    def replay(self, old: bool = False) -> list[Any]:
         """The requests that bring a fresh group up to date, in order. After updates that only live processes received,
-        a group that has the weights by now."""
-        now = self._changes
+        a group that has the weights by now. ``old``: to what was before an update that goes from group to group."""
+        assert not old or self._old is not None
+        now = self._old if old and self._old is not None else self._changes
         weights = now.weights if now.not_replayable is None else None
         return [change for change in (weights, now.version, *self.adapters, now.pause) if change is not None]

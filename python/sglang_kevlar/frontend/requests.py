@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Coroutine
 from typing import Any
 
@@ -18,7 +19,7 @@ from sglang_kevlar.control.journal import Entry, Journal
 from sglang_kevlar.control.routing import Router
 from sglang_kevlar.frontend.channels import CannotSend, Channel, ChannelFull
 from sglang_kevlar.frontend.host import Groups, Host
-from sglang_kevlar.frontend.in_flight import InFlight, TokenizedRequest, not_continuable
+from sglang_kevlar.frontend.in_flight import Call, InFlight, TokenizedRequest, not_continuable
 from sglang_kevlar.frontend.kept.progress import Recorded
 from sglang_kevlar.frontend.outcome import Failure, RequestOutcome
 from sglang_kevlar.observability.events import FailoverEvents
@@ -46,6 +47,8 @@ class Requests:
         self.requests: dict[str, InFlight] = {}
         #: requests in flight that were moved: their answers say so
         self.redirected: set[str] = set()
+        #: calls under way, by the weights that their first request began with
+        self.begun: Counter[str] = Counter()
         self.latency = RollingLatency()
         self._tasks: set[asyncio.Task[None]] = set()
         #: more held requests are about to be given to groups
@@ -67,20 +70,30 @@ class Requests:
     # ---- requests in ---------------------------------------------------------------------------------------------
 
     def submit(
-        self, message: TokenizedRequest, outcome: RequestOutcome | None, pinned_group: int | None = None
+        self,
+        message: TokenizedRequest,
+        outcome: RequestOutcome | None,
+        pinned_group: int | None = None,
+        call: Call | None = None,
     ) -> None:
         """Accept a request. Never waits; a refusal reaches the client as the request's own error.
 
-        ``pinned_group``: a health probe, for that group if it serves.
+        ``pinned_group``: a health probe, for that group if it serves. ``call``: what it is a part of (a batch, n > 1):
+        all of that is made with the same weights.
         """
         namesake = self.requests.get(message.rid)
         if namesake is not None and namesake.ended:
             self._close(namesake.entry)
+        probed = None if pinned_group is None else self.router.groups.get(pinned_group)
+        if call is not None and call.weights is None:
+            call.weights = self.journal.weights if probed is None else probed.weights
+            self.begun[call.weights] += 1
         entry = self.journal.open(
             message.rid,
             prompt_tokens=len(message.input_ids or ()),
             max_new_tokens=message.sampling_params.max_new_tokens or 0,
             not_continuable=not_continuable(message),
+            weights=None if call is None else call.weights,
         )
         request = InFlight(entry, message, outcome, self._args.journal_interval)
         if pinned_group is None:
@@ -92,16 +105,16 @@ class Requests:
                 outcome.kept.made_a_request()
                 recorded = outcome.kept.recorded
                 if recorded is not None and (recorded.outputs or recorded.ended):
-                    self._spawn(self._go_through(request, recorded))
+                    self.spawn(self._go_through(request, recorded))
                     return
                 if recorded is not None:
                     # Nobody was given anything of it: it begins anew, before those that come after it.
                     self.hold.hold(entry.rid, time.monotonic(), redirected=True)
                     self._pump()
                     return
-        if pinned_group in self.router.groups:
+        if pinned_group is not None and probed is not None:
             self._dispatch(request, pinned_group)
-        elif self.router.groups and not must_wait(self._has_room(entry), self._degraded(), len(self.hold)):
+        elif self._served(entry.rid) and not must_wait(self._has_room(entry), self._degraded(entry), self._waiting()):
             self._dispatch(request, self._choose(request))
         elif not self.hold.hold(entry.rid, time.monotonic(), redirected=False):
             full = f"request {entry.rid}: the hold queue is full ({self._args.hold_queue} requests)"
@@ -134,19 +147,31 @@ class Requests:
 
     # ---- the hold queue ------------------------------------------------------------------------------------------
 
-    def _degraded(self) -> bool:
-        return len(self.router.groups) < self._groups.active
+    def _weights(self, entry: Entry) -> str:
+        """Those that a group for it must have."""
+        return entry.weights if self.journal.serves(entry.weights) else self.journal.weights
+
+    def _served(self, rid: str) -> bool:
+        """Whether there is a group for it."""
+        return bool(self.router.having(self._weights(self.requests[rid].entry)))
+
+    def _waiting(self) -> int:
+        """How many are held although there is a group for them."""
+        if self.journal.other_weights is None:
+            return len(self.hold)
+        return int(self.hold.first(self._served) is not None)
+
+    def _degraded(self, entry: Entry) -> bool:
+        return len(self.router.having(self._weights(entry))) < self._groups.active
 
     def _has_room(self, entry: Entry) -> bool:
-        """Whether a group can take ``entry``; an idle one takes any, or what is larger than all would wait for ever."""
-        idle = any(load.requests == 0 for load in self.router.groups.values())
-        return idle or self.router.has_room(entry.reserved_tokens)
+        return self.router.has_room(entry.reserved_tokens, self._weights(entry))
 
     def _pump(self) -> None:
         """Give held requests to groups, as far as there is room for new ones; many of them in several goes."""
         if not self._pumping and self._pump_some():
             self._pumping = True
-            self._spawn(self._pump_rest())
+            self.spawn(self._pump_rest())
 
     async def _pump_rest(self) -> None:
         # No turn: each go is one step, and what is left is held, as it would be without a group.
@@ -160,12 +185,12 @@ class Requests:
         """Whether there are more that can be given to a group."""
         budget = GIVEN_AT_ONCE
         while budget > 0:
-            held = self.hold.first()
-            if held is None or not self.router.groups:
+            held = self.hold.first(self._served) if self.router.groups else None
+            if held is None:
                 return False
             request = self.requests[held.rid]
             redirected = request.entry.redirects > 0
-            if not redirected and self._degraded() and not self._has_room(request.entry):
+            if not redirected and self._degraded(request.entry) and not self._has_room(request.entry):
                 return False
             self.hold.remove(held.rid)
             budget -= request.entry.context_tokens + REQUEST_COST
@@ -174,7 +199,7 @@ class Requests:
                 self._dispatch(request, self._choose(request, spread=redirected))
             else:
                 self._refuse(request, Failure(500, refusal.message, refusal.kind))
-        return len(self.hold) > 0
+        return self._waiting() > 0
 
     def _expire(self) -> None:
         for held in self.hold.expired(time.monotonic()):
@@ -183,21 +208,27 @@ class Requests:
             self._refuse(self.requests[held.rid], failure)
         self._pump()
 
+    def call_ended(self, call: Call) -> None:
+        if call.weights is not None:
+            self.begun[call.weights] -= 1
+            self.begun += Counter()  # drops what is zero
+
     # ---- groups --------------------------------------------------------------------------------------------------
 
     def _choose(self, request: InFlight, spread: bool = False) -> int:
-        heir = self.router.groups.get(-1 if request.heir is None else request.heir)
+        weights = self._weights(request.entry)
+        heir = self.router.having(weights).get(-1 if request.heir is None else request.heir)
         if heir is not None and (heir.requests == 0 or heir.fits(request.entry.reserved_tokens)):
             assert request.heir is not None
             return request.heir
-        group = self.router.choose(request.blocks, request.entry.reserved_tokens, spread)
+        group = self.router.choose(request.blocks, request.entry.reserved_tokens, spread, weights)
         assert group is not None, "asked only while a group serves"
         return group
 
     def _dispatch(self, request: InFlight, group: int) -> None:
         entry = request.entry
         channel = self.channels[group]
-        attempt = self.journal.begin_attempt(entry, group, channel.epoch, time.monotonic())
+        attempt = self.journal.begin_attempt(entry, group, channel.epoch, time.monotonic(), channel.weights)
         self.router.started(group, attempt.reserved_tokens, request.blocks)
         if entry.redirects:
             self.redirected.add(entry.rid)
@@ -264,7 +295,7 @@ class Requests:
         reason = {"type": "abort", "status_code": failure.status, "message": failure.message, "err_type": failure.kind}
         self._host.finish_aborted(AbortReq(rid=rid, finished_reason=reason))
 
-    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+    def spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._task_done)

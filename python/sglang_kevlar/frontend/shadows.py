@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from dataclasses import replace
 
 from sglang_kevlar.control.shadow_partners import partners
 from sglang_kevlar.frontend.channels import Channel
@@ -22,12 +23,12 @@ class ShadowPlans:
         #: by source; of the last plan
         self.targets: dict[int, int] = {}
 
-    def news(
-        self, channels: Iterable[Channel], draining: Collection[int], content: str
-    ) -> list[tuple[Channel, ShadowPlanReq]]:
-        """``channels``: of the groups that are up to date. ``content``: see `ShadowPlanReq`."""
+    def news(self, channels: Iterable[Channel], draining: Collection[int]) -> list[tuple[Channel, ShadowPlanReq]]:
+        """``channels``: of the groups that are up to date."""
         up = {channel.group: channel for channel in channels}
-        places = {group: channel.place for group, channel in up.items()}
+        # KV of one version of the software, or of one set of weights, has no name that it has in another.
+        names = {group: f"{channel.weights} {channel.place.version}".rstrip() for group, channel in up.items()}
+        places = {group: replace(channel.place, version=names[group]) for group, channel in up.items()}
         self.targets = partners(places, draining, self.targets)
         wanted: dict[tuple[int, int], ShadowPlanReq] = {}
         news = []
@@ -35,8 +36,7 @@ class ShadowPlans:
             if not channel.tells_plans():
                 continue  # another frontend tells it
             target = up.get(self.targets.get(group, -1))
-            # Nor does KV of one version of the software have a name that it has in another.
-            named = f"{content} {channel.place.version}" if content and channel.place.version else content
+            named = names[group] if channel.weights else ""
             plan = ShadowPlanReq(content=named, target=target and self._target(channel, target))
             wanted[channel.group, channel.epoch] = plan
             before = self._told.get((channel.group, channel.epoch))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import functools
 import logging
 import os
 import time
@@ -42,12 +43,14 @@ from sglang_kevlar.frontend.failover import Failover
 from sglang_kevlar.frontend.groups import WorkerGroups
 from sglang_kevlar.frontend.history import History, States
 from sglang_kevlar.frontend.host import BatchOutput, Host
+from sglang_kevlar.frontend.in_flight import Call
 from sglang_kevlar.frontend.kept.registry import KeptRuns
 from sglang_kevlar.frontend.loads import GroupLoadReader
 from sglang_kevlar.frontend.outcome import Failure, RequestOutcome, outcome_of
 from sglang_kevlar.frontend.peers import start as peers
 from sglang_kevlar.frontend.peers.kept import KeptPeers
 from sglang_kevlar.frontend.replay import RunTimeChanges
+from sglang_kevlar.frontend.rolling_weights import RollingWeights
 from sglang_kevlar.frontend.tracing import redirect_span
 from sglang_kevlar.frontend.wire_check import Unsendable, check_request
 from sglang_kevlar.observability.events import FailoverEvents, Redirect
@@ -66,6 +69,9 @@ _current_outcome: contextvars.ContextVar[RequestOutcome | None] = contextvars.Co
 
 #: the group a probe is for; None: the router decides
 _pinned_group: contextvars.ContextVar[int | None] = contextvars.ContextVar("pinned_group", default=None)
+
+#: the call that a request belongs to: all of it is made with the same weights
+_current_call: contextvars.ContextVar[Call | None] = contextvars.ContextVar("call", default=None)
 
 
 class KevlarTokenizerManager(TokenizerManager, Host):
@@ -116,6 +122,10 @@ class KevlarTokenizerManager(TokenizerManager, Host):
         args = self.plan.kevlar
         self._control = ControlRequests(
             self.failover, self.groups.kill, self._changes, self.plan.tp_size, args.control_timeout, self._metrics
+        )
+        self.failover.journal.weights = self._changes.content
+        self.rolling = RollingWeights(
+            self.failover, self.groups, self._control, self._changes, args.control_timeout, self._weights_switched
         )
         specs = [(spec[0], spec[1]) for spec in _COMMUNICATOR_SPECS]
         for name, answer in [*specs, ("update_weights_from_disk", UpdateWeightFromDiskReqOutput)]:
@@ -170,6 +180,8 @@ class KevlarTokenizerManager(TokenizerManager, Host):
     ) -> AsyncIterator[Any]:
         outcome = outcome_of(request)
         _current_outcome.set(outcome)
+        call = Call()
+        _current_call.set(call)
         stream = super().generate_request(obj, request)
         if outcome is not None and outcome.kept is not None:
             outcome.kept.name(obj)
@@ -180,16 +192,17 @@ class KevlarTokenizerManager(TokenizerManager, Host):
                 yield output
         finally:
             self._generating -= 1
+            self.failover.call_ended(call)
             await stream.aclose()
 
     def _dispatch_to_scheduler(self, obj: Any) -> None:
         if isinstance(obj, TokenizedGenerateReqInput | TokenizedEmbeddingReqInput):
             _check([obj])
-            self.failover.submit(obj, _current_outcome.get(), _pinned_group.get())
+            self.failover.submit(obj, _current_outcome.get(), _pinned_group.get(), _current_call.get())
         elif isinstance(obj, BatchTokenizedGenerateReqInput | BatchTokenizedEmbeddingReqInput):
             _check(obj)
             for item in obj:
-                self.failover.submit(item, _current_outcome.get())
+                self.failover.submit(item, _current_outcome.get(), call=_current_call.get())
         elif isinstance(obj, AbortReq):
             self.failover.abort(obj)
         elif isinstance(obj, ShutdownReq):
@@ -210,14 +223,18 @@ class KevlarTokenizerManager(TokenizerManager, Host):
     ) -> None:
         super().update_request_meta_info(meta_info, state, customized_info, index, finish_reason)
         entry = self.failover.journal.get(meta_info["id"])
+        if entry is not None and (version := self.rolling.version_of(entry.weights)) is not None:
+            # Upstream names those that requests begin with now.
+            meta_info["weight_version"] = version
         if entry is not None and entry.redirects:
             meta_info["kevlar"] = {"redirects": entry.redirects, "recomputed_tokens": entry.recomputed_tokens}
 
     # ---- what the actor asks of us (Host) ------------------------------------------------------------------------
 
     async def deliver(self, batch: BatchOutput) -> None:
-        if self.failover.redirected and getattr(batch, "customized_info", batch) is None:
-            # An empty value makes upstream call update_request_meta_info, where redirected requests are marked.
+        marked = self.failover.redirected or self.rolling.under_way
+        if marked and getattr(batch, "customized_info", batch) is None:
+            # An empty value makes upstream call update_request_meta_info, where we say more of some requests.
             batch.customized_info = {}
         await self._handle_batch_output(batch)
         self.last_receive_tstamp = time.time()
@@ -242,9 +259,6 @@ class KevlarTokenizerManager(TokenizerManager, Host):
     def control_reply(self, group: int, epoch: int, reply: Any) -> None:
         if not self._control.answer((group, epoch), reply):
             self._result_dispatcher(reply)
-
-    def content(self) -> str:
-        return self._changes.content
 
     def redirect_through(self, rid: str, redirect: Redirect) -> None:
         state = self.rid_to_state.get(rid) if self.enable_trace else None
@@ -275,6 +289,21 @@ class KevlarTokenizerManager(TokenizerManager, Host):
             [answer.num_paused_requests for answer in answers],
         )
 
+    async def roll_weights(self, request: UpdateWeightFromDiskReqInput, deadline: float) -> None:
+        """Weights from disk, one group after the other. Raises HTTPException: see `RollingWeights.start`."""
+        self.auto_create_handle_loop()
+        if self.is_pause:
+            raise fastapi.HTTPException(409, "generation is paused: requests would not end")
+        if request.load_format is None:
+            request.load_format = self.config_value("load_format")
+        self.rolling.start(request, self.config_value("weight_version"), deadline)
+
+    def _weights_switched(self, request: UpdateWeightFromDiskReqInput) -> None:
+        self._update_model_path_info(request.model_path, request.load_format)
+        self._update_weight_version_if_provided(request.weight_version)
+        if self.mm_processor is not None:
+            self.mm_processor.clear_preprocess_cache()
+
     # ---- operation -----------------------------------------------------------------------------------------------
 
     def _on_membership(self, event: Event) -> None:
@@ -303,7 +332,7 @@ class KevlarTokenizerManager(TokenizerManager, Host):
             group["state"] = self._state(group["id"], group["state"])
             # Until it is up to date a group may have other weights, and serves none.
             current = channel is not None and channel.up_to_date
-            group["weight_version"] = self.config_value("weight_version") if current else None
+            group["weight_version"] = self._weight_version(channel) if channel is not None and current else None
             group["running"] = running[group["id"]]
             group["queued"] = self._queued(group["id"])
             draining = self.groups.is_draining(group["id"])
@@ -314,10 +343,14 @@ class KevlarTokenizerManager(TokenizerManager, Host):
             "uptime_s": round(time.monotonic() - self.started_at, 3),
             "held": len(self.failover.hold),
             "groups": groups,
+            "weights": self.rolling.status(),
             "kept": self.kept.status(),
             "frontends": [] if self.peers is None else self.peers.records.status(),
             "failovers": self.failover.events.history(),
         }
+
+    def _weight_version(self, channel: Channel) -> Any:
+        return self.rolling.version_of(channel.weights) or self.config_value("weight_version")
 
     def _queued(self, group: int) -> int:
         load = self.load_snapshot_reader.read(group)
@@ -328,6 +361,7 @@ class KevlarTokenizerManager(TokenizerManager, Host):
 
     async def drain_group(self, group: int, deadline: float) -> None:
         """No new requests to this group; what runs there ends there, or is moved after ``deadline`` seconds."""
+        self.rolling.refuse_if_under_way()
         self.drains.drain(self._known(group), deadline)
         self.failover.route()
 
@@ -337,6 +371,7 @@ class KevlarTokenizerManager(TokenizerManager, Host):
 
     async def restart_group(self, group: int) -> None:
         """Move the group's requests to the others and start it anew."""
+        self.rolling.refuse_if_under_way()
         channel = self.failover.channels.get(self._known(group))
         if channel is None:
             cause = self.groups.cause(group)
@@ -405,6 +440,31 @@ class KevlarTokenizerManager(TokenizerManager, Host):
         self.drains.close()
         self.failover.close()
         self.groups.close()
+
+
+def _not_while_rolling(name: str) -> None:
+    """Refuse what changes weights or stops requests while weights go from group to group, before it takes the lock that
+    all new requests would wait for."""
+    upstreams = getattr(TokenizerManager, name)
+
+    @functools.wraps(upstreams)
+    async def refusing(self: KevlarTokenizerManager, *args: Any, **kwargs: Any) -> Any:
+        self.rolling.refuse_if_under_way()
+        return await upstreams(self, *args, **kwargs)
+
+    setattr(KevlarTokenizerManager, name, refusing)
+
+
+for _name in (
+    "begin_weight_update",
+    "end_weight_update",
+    "pause_generation",
+    "update_weights_from_disk",
+    "update_weights_from_distributed",
+    "update_weights_from_ipc",
+    "update_weights_from_tensor",
+):
+    _not_while_rolling(_name)
 
 
 def _check(requests: Iterable[Any]) -> None:
