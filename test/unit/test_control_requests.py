@@ -16,6 +16,8 @@ torchvision_shim.install()
 
 from sglang.srt.managers.io_struct import (  # noqa: E402
     DestroyWeightsUpdateGroupReqInput,
+    FlushCacheReqInput,
+    FlushCacheReqOutput,
     InitWeightsUpdateGroupReqInput,
     InitWeightsUpdateGroupReqOutput,
     LoadLoRAAdapterReqInput,
@@ -302,3 +304,99 @@ def test_an_update_for_which_a_rank_is_missing_is_refused_and_not_left_to_hang()
         w.control.broadcast(trainer_update())
 
     play(script)
+
+
+class Rolling:
+    """An update that goes from group to group, as `ControlRequests` sees it."""
+
+    old = "0"
+
+    def __init__(self, needed: bool) -> None:
+        self.needed = needed
+
+    def starts_with_old(self) -> bool:
+        return self.needed
+
+
+def rolling(w: World, needed: bool = False) -> Any:
+    update = disk("/new")
+    w.changes.begin_rolling(update)
+    w.control.rolling = Rolling(needed)
+    return update
+
+
+def test_a_group_is_idle_before_it_gets_other_weights() -> None:
+    async def script(w: World) -> None:
+        adapter = load()
+        w.changes.record(adapter)
+        update = rolling(w)
+        taken = w.channel(0, up_to_date=False)
+        taking = await begin(w.control.take_new_weights(taken))
+        assert [type(message) for _, message in w.sent] == [FlushCacheReqInput] and w.sent[0][1].timeout_s
+        w.answer(0, FlushCacheReqOutput(success=True))
+        await asyncio.sleep(0.01)
+        assert [message for _, message in w.sent[1:]] == [update], "it has the adapter"
+        w.answer(0, done())
+        assert await taking is None and taken.weights == w.changes.content
+        assert w.changes.has_all(0, 1)
+
+        busy = await begin(w.control.take_new_weights(w.channel(1, up_to_date=False)))
+        w.answer(1, FlushCacheReqOutput(success=False, message="Timed out"))
+        assert await busy == "it does not get idle: Timed out"
+
+    play(script)
+
+
+def test_a_group_that_starts_meanwhile_gets_the_weights_that_are_needed() -> None:
+    async def script(w: World) -> None:
+        update = rolling(w, needed=True)
+        old = w.channel(0, up_to_date=False)
+        assert await w.control.prepare(old) is None and old.weights == "0" and not w.changes.has_all(0, 1)
+        w.control.rolling.needed = False
+        new = w.channel(1, up_to_date=False)
+        preparing = await begin(w.control.prepare(new))
+        assert w.sent == [(1, update)]
+        w.answer(1, done())
+        assert await preparing is None and new.weights == w.changes.content
+
+    play(script)
+
+
+def test_what_changes_groups_is_refused_while_weights_go_around() -> None:
+    async def script(w: World) -> None:
+        w.channel(0), w.channel(1)
+        rolling(w)
+        for call in (w.lora(load()), w.disk(disk("/other"))):
+            with pytest.raises(HTTPException, match="goes from group to group") as refused:
+                await call
+            assert refused.value.status_code == 409
+        assert not w.sent and w.control.weights_change()
+
+    play(script)
+
+
+def test_an_update_that_is_taken_back_leaves_the_groups_as_they_were() -> None:
+    async def script(w: World) -> None:
+        w.channel(0).weights = w.channel(1).weights = "0"
+        update = rolling(w)
+        w.control.take_back(update)
+        assert w.changes.content == w.journal.weights == "0" and not w.killed
+        assert w.changes.has_all(0, 1) and w.changes.has_all(1, 1)
+
+    play(script)
+
+
+def test_what_a_group_has_yet_to_answer_is_known() -> None:
+    async def script(w: World) -> None:
+        w.channel(0), w.channel(1)
+        call = await begin(w.lora(load()))
+        assert w.control.awaits((0, 1)) and w.control.awaits((1, 1))
+        w.answer(0, LoRAUpdateOutput(success=True))
+        assert not w.control.awaits((0, 1)) and w.control.awaits((1, 1))
+        await call
+        assert w.killed == [(1, 1)]
+        assert w.control.awaits((1, 1)), "its answer may still come"
+        w.lose(1)
+        assert not w.control.awaits((1, 1))
+
+    play(script, timeout=0.2)

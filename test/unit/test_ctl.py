@@ -33,6 +33,9 @@ class Fake:
         self.lost: set[int] = set()
         self.back: dict[int, int] = {}
         self.answer: bytes | None = None
+        #: of the status: what becomes of a weight update, look by look
+        self.updates: list[dict[str, Any] | None] = []
+        self.bodies: list[Any] = []
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
@@ -58,10 +61,13 @@ class Fake:
         failover = {"at": "2026-11-27T00:00:00", "group": 0, "cause": "rank0 exited", "detect_ms": 0.4}
         failover |= {"redirected": 2, "recomputed_tokens": 28, "restored_tokens": 999, "stall_ms": stall}
         known = {"version": "1", "upstream": "2", "uptime_s": 5.0, "held": 0}
-        return {**known, "groups": self.groups, "failovers": [failover]}
+        update = self.updates.pop(0) if len(self.updates) > 1 else [*self.updates, None][0]
+        return {**known, "groups": self.groups, "failovers": [failover], "weights": update}
 
     def act(self, path: str) -> tuple[int, Any]:
         self.asked.append(path)
+        if path == "/kevlar/weights":
+            return 202, {}
         _, _, _, number, action = path.partition("?")[0].split("/")
         group = self.groups[int(number)]
         if action == "drain":
@@ -87,6 +93,8 @@ class Fake:
                 self._answer(200, fake.status() if self.path == "/kevlar/status" else None)
 
             def do_POST(self) -> None:
+                if size := int(self.headers["Content-Length"] or 0):
+                    fake.bodies.append(json.loads(self.rfile.read(size)))
                 self._answer(*fake.act(self.path)) if self._allowed(admin=True) else self._answer(401, {})
 
             def _allowed(self, admin: bool) -> bool:
@@ -260,6 +268,39 @@ def test_it_goes_on_when_the_frontend_is_away_for_a_while(fake: Fake) -> None:
     made = moves(fake, [])
     made._server = Away(fake.url, None, None)
     assert made.restart(0)["epoch"] == 2 and away[0] == 5
+
+
+def update(state: str, **changes: Any) -> dict[str, Any]:
+    groups = {"groups_done": [], "groups_left": [0, 1], "requests_left": 3, "model_path": "/new"}
+    return {"state": state, "error": None, "doing": "", "seconds": 1.25, **groups} | changes
+
+
+def test_weights_are_waited_for(fake: Fake) -> None:
+    taken = update("running", doing="worker group 0: loads the weights")
+    fake.updates = [taken, taken, update("running", doing="worker group 1: its requests end", groups_left=[1])]
+    fake.updates.append(update("done"))
+    said: list[str] = []
+    assert moves(fake, said).roll_weights("/new", "two", None)["seconds"] == 1.25
+    assert fake.bodies == [{"model_path": "/new", "weight_version": "two", "load_format": None, "deadline": 1.0}]
+    assert said == [
+        "worker group 0: loads the weights; groups left: 0, 1; requests on the old weights: 3",
+        "worker group 1: its requests end; groups left: 1; requests on the old weights: 3",
+    ]
+    done = ctl(fake, "weights", "/new")
+    assert (done.returncode, done.stdout) == (0, "all groups have the weights of /new, after 1.2 s\n")
+
+
+def test_weights_that_are_not_taken(fake: Fake) -> None:
+    fake.updates = [update("failed", error="worker group 0: not found")]
+    failed = ctl(fake, "weights", "/new")
+    assert failed.returncode == 1 and "no group has the weights: worker group 0: not found" in failed.stderr
+    assert "group by group: failed, 1" in ctl(fake, "status").stdout
+    fake.updates = [None]
+    with pytest.raises(Failed, match="started anew"):
+        moves(fake, []).roll_weights("/new", None, None)
+    fake.updates = [update("running", doing="waits")]
+    with pytest.raises(Failed, match="nothing has changed for 6 s: waits"):
+        moves(fake, []).roll_weights("/new", None, None)
 
 
 def test_sizing_is_shadow_sizing(tmp_path: Any) -> None:

@@ -14,7 +14,7 @@ from sglang_kevlar.platform import torchvision_shim
 
 torchvision_shim.install()
 pytest.importorskip("sglang")
-from fastapi import FastAPI  # noqa: E402
+from fastapi import FastAPI, HTTPException  # noqa: E402
 from sglang.srt.environ import envs  # noqa: E402
 from sglang.srt.managers.tokenizer_manager import ServerStatus  # noqa: E402
 from sglang.srt.utils.auth import add_api_key_middleware  # noqa: E402
@@ -41,6 +41,8 @@ class Source:
         self.probes = 0
         self.actions: list[tuple[str, int]] = []
         self.deadline: float | None = None
+        self.updates: list[tuple[Any, float]] = []
+        self.conflict: str | None = None
 
     def kevlar_status(self) -> dict[str, Any]:
         return {"groups": [{"id": i, "state": state} for i, state in enumerate(self.states)], "failovers": []}
@@ -64,6 +66,11 @@ class Source:
 
     async def restart_group(self, group: int) -> None:
         self.actions.append(("restart", group))
+
+    async def roll_weights(self, request: Any, deadline: float) -> None:
+        if self.conflict is not None:
+            raise HTTPException(409, self.conflict)
+        self.updates.append((request, deadline))
 
     async def probe_groups(self, timeout: float) -> dict[int, bool]:
         self.probes += 1
@@ -246,6 +253,55 @@ def test_the_deadline_of_a_drain_and_its_end() -> None:
         assert response.status_code == 400 and "deadline: must be" in response.json()["error"]["message"]
     assert call(app, ("POST", "/kevlar/groups/0/undrain"))[0].status_code == 202
     assert source.actions == [("drain", 0), ("drain", 0), ("undrain", 0)]
+
+
+def roll(source: Source, body: bytes, key: str = "", **keys: str) -> httpx.Response:
+    app = serve(source, **keys)
+
+    async def run() -> httpx.Response:
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as client:
+            return await client.post("/kevlar/weights", content=body, headers=headers)
+
+    return asyncio.run(run())
+
+
+def test_weights_for_all_groups_one_after_the_other() -> None:
+    source = Source()
+    answer = roll(source, b'{"model_path": "/new", "weight_version": "two", "deadline": 5}')
+    assert answer.status_code == 202 and answer.json() == {"action": "weights", "model_path": "/new"}
+    [(request, deadline)] = source.updates
+    assert (request.model_path, request.weight_version, request.load_format, deadline) == ("/new", "two", None, 5.0)
+    assert roll(source, b'{"model_path": "/new", "load_format": null}').status_code == 202
+    assert source.updates[1][1] == 600.0
+    source.conflict = "generation is paused"
+    refused = roll(source, b'{"model_path": "/new"}')
+    assert (refused.status_code, refused.json()["error"]["message"]) == (409, "generation is paused")
+    keys = {"api_key": "client", "admin_api_key": "admin"}
+    assert roll(source, b'{"model_path": "/new"}', key="client", **keys).status_code in (401, 403)
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b"", "not JSON"),
+        (b"[]", "must be a JSON object"),
+        (b"{}", "model_path is missing"),
+        (b'{"model_path": ""}', "model_path is missing"),
+        (b'{"model_path": 3}', "model_path: must be a string, got '3'"),
+        (b'{"model_path": "/x", "weight_version": ["a"]}', "weight_version: must be a string"),
+        (b'{"model_path": "/x", "flush_cache": false}', "'flush_cache' is not known"),
+        (b'{"model_path": "/x", "deadline": -1}', "deadline: must be 0 to"),
+        (b'{"model_path": "/x", "deadline": NaN}', "deadline: must be 0 to"),
+        (b'{"model_path": "/x", "deadline": {}}', "deadline: must be 0 to"),
+        (b'\xff{"model_path": "/x"}', "not JSON"),
+    ],
+)
+def test_a_weight_update_that_is_none(body: bytes, said: str) -> None:
+    source = Source()
+    answer = roll(source, body)
+    assert answer.status_code == 400 and said in answer.json()["error"]["message"]
+    assert not source.updates
 
 
 @pytest.mark.parametrize("group", ["-1", "9" * 5000, "%C2%B2", "0%0a"])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
+
+import pytest
 
 from sglang_kevlar.platform import torchvision_shim
 
@@ -159,3 +162,24 @@ def test_the_weight_version_is_the_last_one_named():
     unnamed = disk("/later")
     (weights, told) = after(live, unnamed).replay()
     assert weights is unnamed and told.new_version == "live"
+
+
+def test_while_an_update_goes_from_group_to_group_there_are_two_states(tmp_path: Path) -> None:
+    changes = RunTimeChanges(frozenset(), str(tmp_path / "changes"))
+    first, adapter, second = disk("/first"), load("a"), disk("/second")
+    for request in (first, adapter):
+        changes.record(request)
+    changes.set_up_to_date(0, 1)
+    old = changes.content
+    changes.begin_rolling(second)
+    assert changes.replay(old=True) == [first, adapter] and changes.replay() == [second, adapter]
+    assert changes.content != old and not changes.has_all(0, 1)
+
+    after_a_crash = RunTimeChanges(frozenset(), str(tmp_path / "changes"))
+    assert after_a_crash.replay() == [second, adapter] and not after_a_crash.has_all(0, 1)
+
+    changes.retract(second)
+    changes.end_rolling()
+    assert changes.content == old and changes.replay() == [first, adapter]
+    with pytest.raises(AssertionError):
+        changes.replay(old=True)

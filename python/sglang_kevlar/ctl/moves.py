@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from sglang_kevlar.ctl.server import Failed, Server, Unreachable
+from sglang_kevlar.ctl.tables import progress
 
 Group = dict[str, Any]
 #: seconds between two looks at the status
@@ -108,7 +109,7 @@ class Moves:
             if update["state"] == "done":
                 done: dict[str, Any] = update
                 return done
-            doing = f"{update['doing']}; {_progress(update)}"
+            doing = f"{update['doing']}; {progress(update)}"
             if doing != said:
                 self._say(doing)
                 said, waited_since = doing, self._clock()
@@ -165,8 +166,3 @@ class Moves:
             known = ", ".join(str(group["id"]) for group in groups) or "none"
             raise Failed(f"there is no group {number}; there are: {known}")
         return found
-
-
-def _progress(update: dict[str, Any]) -> str:
-    left = ", ".join(map(str, update["groups_left"])) or "none"
-    return f"groups left: {left}; requests on the old weights: {update['requests_left']}"

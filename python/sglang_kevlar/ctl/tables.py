@@ -21,12 +21,29 @@ def of_groups(status: Json) -> str:
     ]
     if len({group.get("version") for group in status["groups"]} - {None}) > 1:
         lines += ["", "groups of several versions: " + ", ".join(_version(group) for group in status["groups"])]
+    if (update := status.get("weights")) is not None:
+        lines += ["", _update(update)]
     lines += [
         f"group {_cell(group.get('id'))}: {_cell(group['cause'], 400)}"
         for group in status["groups"]
         if group.get("cause")
     ]
     return "\n".join(lines)
+
+
+def _update(update: Json) -> str:
+    how = f"{_cell(update['state'])}, {_seconds(update['seconds'])}"
+    if update["state"] == "running":
+        how += f"; {_cell(update['doing'], 200)}; {progress(update)}"
+    elif update["error"]:
+        how += f": {_cell(update['error'], 400)}"
+    return f"weights of {_cell(update['model_path'], 200)}, group by group: {how}"
+
+
+def progress(update: Json) -> str:
+    """Of a weight update that goes from group to group."""
+    left = ", ".join(map(str, update["groups_left"])) or "none"
+    return f"groups left: {left}; requests on the old weights: {update['requests_left']}"
 
 
 def _group(group: Json) -> list[str]:

@@ -225,7 +225,7 @@ _FRONTEND_SEAMS = (
         passes="server_args port_args",
         fields="_result_dispatcher rid_to_state asyncio_tasks gracefully_exit server_status last_receive_tstamp "
         "is_generation enable_metrics load_snapshot_reader recv_from_detokenizer send_to_scheduler "
-        "tokenizer_ipc_name event_loop _server_stop_hook enable_trace",
+        "tokenizer_ipc_name event_loop _server_stop_hook enable_trace mm_processor is_pause",
     ),
     *_methods(
         _TOKENIZER_MANAGER,
@@ -241,7 +241,16 @@ _FRONTEND_SEAMS = (
         update_request_meta_info="meta_info state customized_info index finish_reason",
         _wait_for_model_update_from_disk="obj",
         sigterm_watchdog="",
+        # Refused while weights go from group to group.
+        begin_weight_update="obj request",
+        end_weight_update="obj request",
+        pause_generation="obj",
+        update_weights_from_disk="obj request",
+        update_weights_from_distributed="obj request",
+        update_weights_from_ipc="obj request",
+        update_weights_from_tensor="obj request",
     ),
+    _seam(_TOKENIZER_MANAGER + "._update_weight_version_if_provided", _FRONTEND, signature="self weight_version"),
     _seam(_TOKENIZER_MANAGER + "._handle_batch_output", _FRONTEND, signature="self recv_obj"),
     _seam(_TOKENIZER_MANAGER + "._handle_abort_req", _FRONTEND, signature="self recv_obj"),
     _seam(_TOKENIZER_MANAGER + "._update_model_path_info", _FRONTEND, signature="self model_path load_format"),

@@ -21,8 +21,12 @@ function draw() {
   if (server.history === null) return;
   byId("key").hidden = true;
   const seconds = Number(document.querySelector("#span input:checked").value);
-  const { version, upstream, uptime_s } = server.status;
-  setText(byId("about"), `${version}, SGLang ${upstream}, this frontend is up for ${duration(Math.floor(uptime_s))}`);
+  const { version, upstream, uptime_s, weights } = server.status;
+  const about = [`${version}, SGLang ${upstream}, this frontend is up for ${duration(Math.floor(uptime_s))}`];
+  if (weights?.state === "running") {
+    about.push(`weights of ${weights.model_path}, group by group: ${weights.doing}`);
+  }
+  setText(byId("about"), about.join("; "));
   drawTiles();
   timeline.draw(server, seconds);
   drawChart("first", server, seconds, FIRST);
