@@ -119,7 +119,10 @@ if __name__ == "__main__":
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize(("made", "then"), [("inside", "already running"), ("outside", "another")])
+@pytest.mark.parametrize(
+    ("made", "then"),
+    [("inside", "already running"), pytest.param("outside", "another", marks=pytest.mark.slow)],
+)
 def test_the_engine_in_an_event_loop(models: Path, tmp_path: Path, made: str, then: str) -> None:
     """Made inside a running loop or before it, as upstream's; a call from a second loop is an error, not a hang."""
     program = tmp_path / "program.py"

@@ -122,6 +122,7 @@ def test_little_is_recomputed_whatever_the_context(server: Server) -> None:
     assert sum(count > RECOMPUTED for count in recomputed) <= max(1, 0.05 * len(recomputed)), recomputed
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_one_group_after_the_other(server: Server) -> None:
     """The group that took requests over shadows them to the one that comes back, which then takes them over again."""
@@ -401,7 +402,8 @@ def crawling(pid: int) -> Iterator[None]:
         thread.join()
 
 
-@pytest.mark.parametrize("poisoned", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("poisoned", [True, False])
 @pytest.mark.timeout(600)
 def test_an_audit_tells_a_poisoned_shadow_from_a_true_one(models: Path, tmp_path: Path, poisoned: bool) -> None:
     """And what is audited is computed, so that it is right whatever the shadow held."""
@@ -461,6 +463,7 @@ def test_one_standby_for_two_groups_has_their_kv_in_its_pool_before_both_are_los
         server.stop()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_dedicated_standby_that_stops_for_a_while_and_then_crawls(models: Path, tmp_path: Path) -> None:
     """Serving does not notice that nobody takes the shadow; when somebody does again, it is made complete."""
