@@ -200,7 +200,7 @@ def test_a_joined_group_is_drained_and_restarted_by_the_operator(world, undistur
     assert back["pids"]["gateway"] == known["pids"]["gateway"] and back["pids"]["ranks"] != known["pids"]["ranks"]
 
 
-@pytest.mark.slow  # what is refused, and how it is said, is in test/unit/test_join_config.py
+@pytest.mark.slow  # what is refused, and how it is said, is in test/unit/test_fingerprint.py
 @pytest.mark.timeout(300)
 def test_what_does_not_fit_is_refused_by_name(world, models, tmp_path) -> None:
     world.up()

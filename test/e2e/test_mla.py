@@ -62,7 +62,7 @@ def reference(models: Path) -> dict[int, list[int]]:
 
     model = AutoModelForCausalLM.from_pretrained(models / "mla-f32", dtype=torch.float32)
     yarn = model.config.rope_parameters
-    # DeepSeek's own code scales the scores by the square of yarn's magnitude too; not every version of transformers does.
+    # DeepSeek's own code scales the scores by the square of yarn's magnitude too; not all of transformers do.
     magnitude = 0.1 * yarn["mscale_all_dim"] * math.log(yarn["factor"]) + 1
     for layer in model.model.layers:
         layer.self_attn.scaling = layer.self_attn.qk_head_dim**-0.5 * magnitude**2
