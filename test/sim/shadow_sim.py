@@ -148,12 +148,14 @@ class ShadowWorld:
 
     def tell(self) -> None:
         """Who shadows to whom, as the frontend says it."""
+        weights = "" if self.updating else str(self.weights)
         channels: Any = [
-            SimpleNamespace(group=group, epoch=rank.epoch, place=self.place(group), tells_plans=lambda: True)
+            SimpleNamespace(
+                group=group, epoch=rank.epoch, place=self.place(group), weights=weights, tells_plans=lambda: True
+            )
             for group, rank in self.ranks.items()
         ]
-        content = "" if self.updating else str(self.weights)
-        for channel, news in self.plans.news(channels, self.draining, content):
+        for channel, news in self.plans.news(channels, self.draining):
             self.ranks[channel.group].inbox.append(news)
 
     def submit(self, rank: SimRank, prompt: array[int], origin: Any, max_new: int) -> None:
