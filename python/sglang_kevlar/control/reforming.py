@@ -5,8 +5,8 @@ and wait, and the next epoch is made of them and of a new process for each that 
 one. That this works is an assumption about processes that just went through a failure. So it is tried only after an
 epoch that served, a rank that does not leave in time is killed, and when an epoch that was *re-formed* does not become
 ready in time, the next is made of new processes alone. Twice in a row by itself, and there are no re-forms for a time.
-That weights can be loaded before the scheduler that uses them is another assumption: until a group was ready that way,
-a start that fails by itself is repeated without, and when that succeeds, it is done without for a time.
+That weights can be loaded before the scheduler that uses them is another assumption: a start that fails by itself,
+until one was ready that way, or twice in a row, is repeated without, and when that succeeds, it stays so for a time.
 
 Neither is given up for good: a supervisor lives for months, and what failed may have been the machine's bad hour. How
 long is `control.breaker`'s to say.
@@ -42,7 +42,7 @@ class Reforming:
         self._wanted = tuple(spares) if allowed else ()
         self._start_timeout = start_timeout
         self._trust = Breaker(_STRIKES, *_REST)
-        #: the same of loading weights first; and whether that worked since it last failed
+        #: the same of loading weights first; and whether a group was ready that way, and no start failed since
         self._loading = Breaker(_LOAD_STRIKES, *_REST)
         self._proved = False
         #: the last start failed, and loading first may be why: the next is without
@@ -64,7 +64,7 @@ class Reforming:
 
         ``served``: it was ready. ``planned``: the operator wants new processes. ``alive``: ranks that can leave.
         """
-        if not self._allowed or self._trust.is_open(now) or not served or planned:
+        if not self._allowed or self.loads_in_place or self._trust.is_open(now) or not served or planned:
             return frozenset()
         return frozenset(alive)
 
@@ -110,16 +110,25 @@ class Reforming:
             elif by_itself:
                 self._trust.failed(now)
         elif served_for is None and by_itself:
-            # When it fails without, too, that was not why.
-            self.suspect = self._allowed and not self._proved and not self.loads_in_place
+            # What worked is blamed only the second time; and when it fails without, too, that was not why.
+            first = self._allowed and not self.loads_in_place
+            self.suspect, self._proved = first and not self._proved, self._proved and not first
 
     def set_aside(self, now: float) -> str:
-        """What is not tried now, until when and why; for the log."""
+        """What is not done for now, until when and why; for the log, as is `tried_again`."""
         if self._trust.is_open(now):
-            return f"no re-forms for {self._trust.open_until - now:.0f} s, because {self._trust.failures} in a row failed"
+            seconds = self._trust.open_until - now
+            return f"no re-forms for {seconds:.0f} s, because {self._trust.failures} in a row failed"
         if self._loading.is_open(now):
-            return (
-                f"for {self._loading.open_until - now:.0f} s new ranks load their weights in place, and outlive no epoch, "
-                f"because starts failed otherwise ({self._loading.failures} so far)"
-            )
+            seconds = self._loading.open_until - now
+            why = f"because starts failed otherwise ({self._loading.failures} so far)"
+            return f"for {seconds:.0f} s new ranks load their weights in place, and outlive no epoch, {why}"
+        return ""
+
+    def tried_again(self) -> str:
+        """What the epoch that has begun does though it failed the last time."""
+        if self.reformed and self._trust.failures:
+            return f"a re-form is tried again, after {self._trust.failures} in a row that failed"
+        if not self.loads_in_place and self._loading.failures:
+            return f"weights are loaded first again, after {self._loading.failures} in a row that failed"
         return ""
