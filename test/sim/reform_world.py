@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from faults import Faults
-from reform_judge import Judge
+from reform_judge import LONGEST_REST, Judge
 
 from sglang_kevlar.control.course import Course
 from sglang_kevlar.control.reforming import LEAVE_WITHIN
@@ -29,9 +29,13 @@ FOUND_WITHIN = 3.0
 #: most seconds that a process takes for its imports and weights, and an epoch to bind
 LOADS, BINDS, LEAVES = 4.0, 1.0, 0.1
 #: within which a group serves when nothing fails any more: what hangs in an epoch that serves or starts is found, what
-#: does not leave is killed, the back-off is over, and an epoch of new processes begins, or two, where weights have to
-#: be loaded in place
-READY_WITHIN = FOUND_WITHIN + ARGS.start_timeout + 2 * (LEAVE_WITHIN + ARGS.restart_backoff_max + LOADS + BINDS + 1.0)
+#: does not leave is killed, the back-off is over, and an epoch of new processes begins, or the third, where weights
+#: could be loaded first and have to be loaded in place
+READY_WITHIN = FOUND_WITHIN + ARGS.start_timeout + 3 * (LEAVE_WITHIN + ARGS.restart_backoff_max + LOADS + BINDS + 1.0)
+#: in which a group that serves has its spares, one of which may just have died
+HAS_SPARES_WITHIN = 2 * (LOADS + 1.0) + 6.0
+#: seconds that pass, now and then, in which a group serves and nothing happens
+CALM = (30.0, 100.0, 250.0, 500.0, 1000.0, 4000.0, 20000.0, 100000.0)
 
 
 class Process:
@@ -328,9 +332,9 @@ class World:
 
     def __post_init__(self) -> None:
         chance = self.faults.random
-        #: of the model and the machine, and so also when nothing fails any more
+        #: of the model and the machine, which may change, and so also when nothing fails any more
         self.loads_first_works = chance.random() < 0.85
-        self.reforms_work = chance.random() < 0.85
+        self.reforms_work = chance.random() < 0.7
         self.pids = 0
         self.expected: set[int] = set()
         self.kept = self.reforms = self.readies = 0
@@ -341,6 +345,8 @@ class World:
 
     def start(self, seat: str, in_place: bool) -> Process:
         self.pids += 1
+        if self.course._phase == "ready":
+            self.judge.spare_begun(self.now)
         self.processes.append(Process(self, self.pids, seat, in_place))
         return self.processes[-1]
 
@@ -358,13 +364,13 @@ class World:
         course = self.course
         self.expected = {p.pid for p in course._all() if p.leaving} | {p.pid for p in course._left.values()}
         assert (served and not planned) or not self.expected, "ranks are used again that must not be"
-        if served and not planned and not course._reforming.given_up:
+        if served and not planned and not self.judge.reforms_rest(self.now):
             assert well <= self.expected, "one died, and another is not kept"
 
     def on_ready(self) -> None:
         course = self.course
         self.readies += 1
-        self.judge.is_ready()
+        self.judge.is_ready(self.now)
         members = course._members
         assert set(members) == set(SEATS)
         for member in members.values():
@@ -381,6 +387,10 @@ class World:
         passed = STEP
         if self.faults.strike("clock jumps", 0.003):
             passed = self.faults.random.choice([0.0, 0.5, 5.0])
+        if self.calm() and self.faults.event("calm", 0.004):
+            self.now += self.faults.random.choice(CALM)
+        self.reforms_work ^= self.faults.event("re-forms work, or no more", 0.001)
+        self.loads_first_works ^= self.faults.event("weights can be loaded first, or no more", 0.0003)
         self.now += passed
         if passed > STEP:
             self.judge.jumped(self.now)
@@ -459,20 +469,42 @@ class World:
         self.faults.over = True
         for _ in range(int(3.0 / STEP)):
             self.step()  # what has been asked for takes its course: SIGQUIT has a grace
-        deadline = self.now + READY_WITHIN
-        while not self.serves():
-            assert self.now < deadline, "the group does not serve again"
-            self.step()
-        for _ in range(int(2 * (LOADS + 1) / STEP) + 120):
-            self.step()
-            assert self.serves(), "the group does not stay"
-        if self.reforms_work and self.loads_first_works:
-            given_up = self.course._reforming.given_up
-            assert given_up or set(self.course._spares) == set(SPARES), "a spare is missing"
+        self.serves_again()
+        self.stays()
+        self.comes_back()
         self.course.shut_down()
         for _ in range(int(8 / STEP)):
             self.step()
         assert self.course._finished(), "it does not end"
+
+    def serves_again(self) -> None:
+        deadline = self.now + READY_WITHIN
+        while not self.serves():
+            assert self.now < deadline, "the group does not serve again"
+            self.step()
+
+    def stays(self) -> None:
+        for _ in range(int(HAS_SPARES_WITHIN / STEP)):
+            self.step()
+            assert self.serves(), "the group does not stay"
+
+    def comes_back(self) -> None:
+        """Whatever was set aside: when all works again, it is tried again in time. Weights first, then a re-form."""
+        self.reforms_work = self.loads_first_works = True
+        for _ in range(2):
+            self.now += LONGEST_REST
+            self.step()
+            self.course._members["rank0"].die(by_itself=False)
+            self.serves_again()
+        assert self.course.reformed, "not re-formed again"
+        self.stays()
+        assert set(self.course._spares) == set(SPARES), "a spare is missing"
+
+    def calm(self) -> bool:
+        """Nothing is under way in a group that serves."""
+        course = self.course
+        waits = course._fence is not None or course._failed_loops or self.judge.waits_for_an_end()
+        return self.serves() and not waits and not any(member.outbox for member in course._members.values())
 
     def serves(self) -> bool:
         members = self.course._members.values()

@@ -324,7 +324,7 @@ def test_after_two_failed_reforms_a_group_starts_whole_and_says_for_how_long(gro
     log = group.process.stderr.read().decode()
     assert group.wait() == 0
     [failed, died] = [line for line in log.splitlines() if "no re-forms for" in line]
-    assert "rank1 exited with status 7" in failed and "no re-forms for 300 s, because 2 in a row failed" in failed
+    assert "exited with status 7" in failed and "no re-forms for 300 s, because 2 in a row failed" in failed
     assert "SIGKILL" in died
 
 
