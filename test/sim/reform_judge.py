@@ -27,8 +27,10 @@ _UNHEARD = 5
 
 
 class Judge:
-    def __init__(self, least_backoff: float, step: float) -> None:
+    def __init__(self, least_backoff: float, start_timeout: float, step: float) -> None:
         self._least_backoff = least_backoff
+        self._start_timeout = start_timeout
+        self._begun_at = 0.0
         self._step = step
         #: who must not be of any epoch any more
         self._barred: set[int] = set()
@@ -66,7 +68,7 @@ class Judge:
         assert not unused, "a spare is not used"
         self._reformed = reformed
         self._in_place = True in in_place
-        self._ready_at = None
+        self._begun_at, self._ready_at = now, None
 
     def reforms_rest(self, now: float) -> bool:
         return now < self.rests_until
@@ -138,6 +140,8 @@ class Judge:
         """``epoch``: that has not ended."""
         if self._quit is not None and self._quit[0] == epoch:
             assert now <= self._quit[1] + self._step, "the end that a member asked for does not come"
+        starting = phase == "starting" and len(members) > 0
+        assert not starting or now <= self._begun_at + self._start_timeout + self._step, "a start takes too long"
         halted = {member.pid for member in members if phase == "starting" and member.halted and member.alive}
         self._stopped_looks = {pid: self._stopped_looks.get(pid, 0) + 1 for pid in halted}
         assert max(self._stopped_looks.values(), default=0) <= _STOPPED_LOOKS, "stopped in a start, and not found"

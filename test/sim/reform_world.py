@@ -334,13 +334,13 @@ class World:
         chance = self.faults.random
         #: of the model and the machine, which may change, and so also when nothing fails any more
         self.loads_first_works = chance.random() < 0.85
-        self.reforms_work = chance.random() < 0.7
+        self.reforms_work = chance.random() < 0.85
         self.pids = 0
         self.expected: set[int] = set()
         self.kept = self.reforms = self.readies = 0
         #: when the frontend gives up the epoch that it found broken
         self.gives_up: tuple[int, float] | None = None
-        self.judge = Judge(ARGS.restart_backoff, STEP)
+        self.judge = Judge(ARGS.restart_backoff, ARGS.start_timeout, STEP)
         self.course = self.group_class(self)
 
     def start(self, seat: str, in_place: bool) -> Process:
@@ -387,7 +387,7 @@ class World:
         passed = STEP
         if self.faults.strike("clock jumps", 0.003):
             passed = self.faults.random.choice([0.0, 0.5, 5.0])
-        if self.calm() and self.faults.event("calm", 0.004):
+        if self.calm() and self.faults.event("calm", 0.03):
             self.now += self.faults.random.choice(CALM)
         self.reforms_work ^= self.faults.event("re-forms work, or no more", 0.001)
         self.loads_first_works ^= self.faults.event("weights can be loaded first, or no more", 0.0003)

@@ -76,13 +76,13 @@ def test_two_bad_reforms_cost_minutes_and_not_the_life_of_the_supervisor() -> No
     reform(rules, 20.0, served_for=None)
     assert not survivors(rules, 20.0) and not survivors(rules, 319.0)
     assert rules.rests_until == 320.0 and not rules.keeps_spares(True, 319.0)
-    assert rules.set_aside(119.0) == "no re-forms for 201 s, because 2 in a row failed"
+    assert rules.set_aside(119.0) == ["no re-forms for 201 s, because 2 in a row failed"]
     start(rules, 100.0)  # which says nothing about re-forms
     assert not survivors(rules, 319.0) and survivors(rules, 320.0)
-    assert rules.set_aside(320.0) == "" and rules.keeps_spares(True, 320.0)
+    assert not rules.set_aside(320.0) and rules.keeps_spares(True, 320.0)
     # It works again, and all is as it was.
     rules.form(["rank0"], 1000.0)
-    assert rules.tried_again() == "a re-form is tried again, after 2 in a row that failed"
+    assert rules.tried_again() == "a re-form is tried again, after 2 in a row failed"
     rules.ended(60.0, True, 1060.0)
     rules.form(["rank0"], 1061.0)
     assert rules.tried_again() == ""
@@ -155,7 +155,8 @@ def test_one_failed_first_start_costs_minutes_and_not_the_life_of_the_supervisor
     rules = Reforming(True, ["rank0"], 100.0)
     start(rules, 0.0, works=False)
     start(rules, 10.0)
-    assert rules.set_aside(10.0).startswith("for 300 s new ranks load their weights in place, and outlive no epoch")
+    [text] = rules.set_aside(10.0)
+    assert text == "for 300 s weights are not loaded first, and no rank outlives an epoch, because 1 failed"
     rules.form([], 309.0)
     assert rules.loads_in_place
     # It lasts for twice as long when it fails again,
@@ -166,7 +167,7 @@ def test_one_failed_first_start_costs_minutes_and_not_the_life_of_the_supervisor
     assert rules.loads_in_place and not rules.missing_spares([])
     rules.form([], 920.0)
     assert not rules.loads_in_place
-    assert rules.tried_again() == "weights are loaded first again, after 2 in a row that failed"
+    assert rules.tried_again() == "weights are loaded first again, after 2 in a row failed"
     # and is over when it works.
     rules.succeeded(921.0)
     assert rules.missing_spares([]) == ["rank0"] and not rules.set_aside(921.0)

@@ -326,7 +326,7 @@ class Course(ABC, Generic[M]):
             blamed = self._reforming.suspect
             self._reforming.succeeded(now)
             if blamed:
-                self._log(self._reforming.set_aside(now))
+                self._log("; ".join(self._reforming.set_aside(now)))
             if self._reforming.reformed:
                 self._log(f"epoch {self._epoch} is ready, {now - self._started_at:.2f} s after it was begun")
             self._warmth.succeeded()
@@ -421,8 +421,8 @@ class Course(ABC, Generic[M]):
                 self._left, self._spares = {}, {}
                 for member in self._doomed:
                     member.process.kill()
-            what_next = [self._what_next(delay), *filter(None, [self._reforming.set_aside(now)])]
-            self._log(f"epoch {self._epoch} ended: {cause}; {'; '.join(what_next)}")
+            what_next = "; ".join([self._what_next(delay), *self._reforming.set_aside(now)])
+            self._log(f"epoch {self._epoch} ended: {cause}; {what_next}")
             hopeless = self._ready_at is None and not passing and not self._warmth.suspect
             hopeless = hopeless and not self._reforming.suspect
             if self._exit_on_failed_start and hopeless and not self._exit_status:

@@ -114,21 +114,27 @@ class Reforming:
             first = self._allowed and not self.loads_in_place
             self.suspect, self._proved = first and not self._proved, self._proved and not first
 
-    def set_aside(self, now: float) -> str:
+    def set_aside(self, now: float) -> list[str]:
         """What is not done for now, until when and why; for the log, as is `tried_again`."""
+        texts = []
         if self._trust.is_open(now):
             seconds = self._trust.open_until - now
-            return f"no re-forms for {seconds:.0f} s, because {self._trust.failures} in a row failed"
+            texts.append(f"no re-forms for {seconds:.0f} s, because {_in_a_row(self._trust)}")
         if self._loading.is_open(now):
-            seconds = self._loading.open_until - now
-            why = f"because starts failed otherwise ({self._loading.failures} so far)"
-            return f"for {seconds:.0f} s new ranks load their weights in place, and outlive no epoch, {why}"
-        return ""
+            seconds, why = self._loading.open_until - now, _in_a_row(self._loading)
+            texts.append(
+                f"for {seconds:.0f} s weights are not loaded first, and no rank outlives an epoch, because {why}"
+            )
+        return texts
 
     def tried_again(self) -> str:
         """What the epoch that has begun does though it failed the last time."""
         if self.reformed and self._trust.failures:
-            return f"a re-form is tried again, after {self._trust.failures} in a row that failed"
+            return f"a re-form is tried again, after {_in_a_row(self._trust)}"
         if not self.loads_in_place and self._loading.failures:
-            return f"weights are loaded first again, after {self._loading.failures} in a row that failed"
+            return f"weights are loaded first again, after {_in_a_row(self._loading)}"
         return ""
+
+
+def _in_a_row(breaker: Breaker) -> str:
+    return "1 failed" if breaker.failures == 1 else f"{breaker.failures} in a row failed"
