@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from reform_world import Process
+    from reform_process import Process
 
 #: seconds of a member that asks for the end of everything
 _QUIT_WITHIN = 2.0
@@ -55,8 +55,10 @@ class Judge:
         self._stopped_looks: dict[int, int] = {}
         self._broken_looks = 0
 
-    def begun(self, members: Mapping[str, Process], there: Mapping[str, Process], reformed: bool, now: float) -> None:
-        """An epoch of these; ``there``: the spares that there were."""
+    def begun(
+        self, members: Mapping[str, Process], there: Mapping[str, Process], reformed: bool, cold: bool, now: float
+    ) -> None:
+        """An epoch of these; ``there``: the spares that there were. ``cold``: new ones are no forks."""
         pids = {member.pid for member in members.values()}
         assert not pids & self._barred, "a process is in an epoch that must not be used again"
         assert all(member.alive for member in members.values()), "a dead process is in an epoch"
@@ -64,6 +66,7 @@ class Judge:
         assert not reformed or not self.reforms_rest(now), "re-formed though that is set aside"
         in_place = {member.in_place for member in members.values() if member.is_rank}
         assert in_place == {self._on_trial or now < self.loads_in_place_until}, "weights are not loaded as they must be"
+        assert cold == (in_place == {False} and self.failed_loads > 0), "two things are tried at once, or nothing"
         unused = [seat for seat, spare in there.items() if reformed and members[seat].pid > spare.pid]
         assert not unused, "a spare is not used"
         self._reformed = reformed

@@ -11,7 +11,8 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from reform_world import Group, Process, simulate
+from reform_process import Process
+from reform_world import Group, simulate
 
 from sglang_kevlar.control.breaker import Breaker
 from sglang_kevlar.control.reforming import ASK_AGAIN, Reforming
@@ -256,6 +257,11 @@ def test_loading_first_that_is_given_up_for_good_is_noticed():
             super()._start()
 
     caught("not loaded as they must be|not re-formed again", Resigned)
+
+
+def test_forks_that_are_tried_with_what_failed_before_are_noticed(monkeypatch):
+    monkeypatch.setattr(Reforming, "loads_first_again", False)
+    caught("two things are tried at once")
 
 
 def test_a_time_that_does_not_double_is_noticed(monkeypatch):

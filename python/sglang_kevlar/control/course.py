@@ -62,7 +62,7 @@ class Warmth(Protocol):
     def importing(self) -> bool: ...
     @property
     def suspect(self) -> bool: ...
-    def begin(self) -> None: ...
+    def begin(self, cold: bool) -> None: ...
     def failed(self) -> None: ...
     def succeeded(self) -> None: ...
 
@@ -256,12 +256,12 @@ class Course(ABC, Generic[M]):
         self._phase, self._ready_at, self._ending = "starting", None, False
         self._quit_deadline = float("inf")
         self._start_watch = EpochWatch(self._kevlar, now)
-        self._warmth.begin()
         self._epoch = self._begin_epoch()
         left, self._left = self._left, {}
         missing = sorted(set(self._seats) - left.keys())
         spares = [name for name in missing if name in self._spares]
         self._reforming.form([*left, *spares], now)
+        self._warmth.begin(cold=self._reforming.loads_first_again)
         self._start_deadline = self._reforming.deadline()
         if self._reforming.reformed:
             around = ", ".join(sorted(left)) or "nobody"
@@ -388,7 +388,7 @@ class Course(ABC, Generic[M]):
         self._phase, self._cause, self._kind = "down", cause, kind
         if self._ready_at is None and not planned:
             self._failed_starts += 1
-            if by_itself:
+            if by_itself and not self._reforming.reformed:
                 self._warmth.failed()
         alone = [
             m.name for m in self._members.values() if m.can_leave and m.name not in guilty and not m.process.ending()

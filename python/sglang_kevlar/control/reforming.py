@@ -55,6 +55,11 @@ class Reforming:
         self.reformed = self.loads_in_place = False
 
     @property
+    def loads_first_again(self) -> bool:
+        """Whether the epoch that has begun shows if weights can be loaded first, though that failed the last time."""
+        return not self.loads_in_place and self._loading.failures > 0
+
+    @property
     def rests_until(self) -> float:
         """Nobody outlives an epoch before, and no spare is kept."""
         return self._trust.open_until
@@ -131,7 +136,7 @@ class Reforming:
         """What the epoch that has begun does though it failed the last time."""
         if self.reformed and self._trust.failures:
             return f"a re-form is tried again, after {_in_a_row(self._trust)}"
-        if not self.loads_in_place and self._loading.failures:
+        if self.loads_first_again:
             return f"weights are loaded first again, after {_in_a_row(self._loading)}"
         return ""
 
