@@ -5,12 +5,12 @@ each epoch is either made of the right ones or not (`test_reform_sim`).
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
 from faults import Faults
-from reform_judge import Judge
+from reform_judge import LONGEST_REST, Judge
+from reform_process import BINDS, LOADS, SEATS, SPARES, Process, Warmth
 
 from sglang_kevlar.control.course import Course
 from sglang_kevlar.control.reforming import LEAVE_WITHIN
@@ -18,189 +18,20 @@ from sglang_kevlar.protocol.group import REPORT_INTERVAL
 from sglang_kevlar.protocol.launch import KevlarArgs
 
 ARGS = KevlarArgs(start_timeout=40.0, restart_backoff=0.5, restart_backoff_max=4.0, stop_grace=0.25)
-SEATS = ("rank0", "rank1", "detokenizer")
-SPARES = ("rank0", "rank1")
 STEPS = 2500
 #: why the frontend ends an epoch
 FENCE, RESTART = "the frontend gave it up", "restart"
 STEP = 0.05
 #: seconds after which the frontend gives an epoch up in which somebody hangs or is stopped
 FOUND_WITHIN = 3.0
-#: most seconds that a process takes for its imports and weights, and an epoch to bind
-LOADS, BINDS, LEAVES = 4.0, 1.0, 0.1
 #: within which a group serves when nothing fails any more: what hangs in an epoch that serves or starts is found, what
-#: does not leave is killed, the back-off is over, and an epoch of new processes begins, or two, where weights have to
-#: be loaded in place
-READY_WITHIN = FOUND_WITHIN + ARGS.start_timeout + 2 * (LEAVE_WITHIN + ARGS.restart_backoff_max + LOADS + BINDS + 1.0)
-
-
-class Process:
-    """The truth about one, and what the group's supervisor has in hand of it (`course.Occupant`)."""
-
-    def __init__(self, world: World, pid: int, name: str, in_place: bool) -> None:
-        self.world = world
-        self.pid = pid
-        self.name = name
-        self.in_place = in_place
-        self.is_rank = name.startswith("rank")
-        #: loading, waiting, binding, serving, leaving; dead, reaped
-        self.state = "loading"
-        self.left = world.faults.random.uniform(0.1, LOADS)
-        self.halted = False
-        self.hung = False
-        self.loaded = False
-        #: in which a peer has died under it, so that it can only leave or end
-        self.alone = False
-        #: of it, as it knows; and the order that it has not read yet
-        self.epoch = 0
-        self.order: int | None = None
-        self.asked = False
-        self.error = ""
-        #: how it died, if by itself, and when its supervisor sees it
-        self.by_itself = False
-        self.seen_at = 0.0
-        #: a fault has struck it: nothing is expected of it any more
-        self.struck = False
-        #: its loop failed for a reason of its own; and requests to leave that it did not hear
-        self.broke = False
-        self.unheard = 0
-        self.outbox: deque[dict[str, Any]] = deque()
-        # what the supervisor has in hand
-        self.told = 0
-        self.ready = self.can_leave = self.leaving = False
-
-    @property
-    def process(self) -> Process:
-        return self
-
-    @property
-    def alive(self) -> bool:
-        return self.state not in ("dead", "reaped")
-
-    @property
-    def in_epoch(self) -> bool:
-        return self.state in ("binding", "serving", "leaving")
-
-    def kill(self) -> None:
-        if self.alive:
-            self.world.judge.killed(self)
-            self.die(by_itself=False)
-
-    def ending(self) -> bool:
-        return not self.alive
-
-    def stopped(self) -> bool:
-        return self.halted and self.alive
-
-    def ask_to_leave(self) -> None:
-        # A signal; one that comes when nobody listens for it is lost.
-        if self.state == "serving" and not self.asked:
-            self.asked = not self.world.faults.strike("request not heard", 0.1)
-            self.unheard += not self.asked
-
-    def die(self, by_itself: bool) -> None:
-        self.state, self.by_itself = "dead", by_itself
-        # Its first thread is gone, and the rest of it takes its time.
-        slow = self.world.faults.strike("ends slowly", 0.2)
-        self.seen_at = self.world.now + (self.world.faults.random.uniform(0.2, 2.0) if slow else 0.0)
-        for peer in self.world.processes:
-            if peer is not self and peer.in_epoch and peer.epoch == self.epoch and self.is_rank and peer.is_rank:
-                peer.alone = True
-
-    def say(self, status: str, **more: Any) -> None:
-        self.outbox.append({"status": status, "epoch": self.epoch, **more})
-
-    # ---- a step of its life
-
-    def live(self, passed: float) -> None:
-        if not self.alive or self.halted or self.hung:
-            return
-        self.left -= passed
-        getattr(self, f"on_{self.state}")()
-
-    def on_loading(self) -> None:
-        if self.left > 0:
-            return
-        if self.world.faults.strike("load fails", 0.05) or (
-            self.is_rank and not self.in_place and not self.world.loads_first_works
-        ):
-            self.fail("cannot load")
-        else:
-            self.state, self.loaded = "waiting", True
-            self.say("loaded", can_leave=self.is_rank and not self.in_place)
-
-    def fail(self, error: str) -> None:
-        self.struck = True
-        self.say("error", error=error)
-        self.die(by_itself=True)
-
-    def on_waiting(self) -> None:
-        if self.order is not None:
-            self.epoch, self.order = self.order, None
-            self.state, self.alone = "binding", False
-            self.left = self.world.faults.random.uniform(0.05, BINDS)
-            peers = [p for p in self.world.processes if p.name in SEATS and p.told == self.epoch and p is not self]
-            self.alone = self.is_rank and any(p.is_rank and not p.alive for p in peers)
-
-    def on_binding(self) -> None:
-        if self.alone:
-            # Upstream's error, or a collective that waits for ever.
-            if self.world.faults.random.random() < 0.5:
-                self.fail("its peer is gone")
-            else:
-                self.hung = True
-            return
-        ranks = [p for p in self.world.processes if p.is_rank and p.in_epoch and p.epoch == self.epoch]
-        if self.left > 0 or (self.is_rank and len(ranks) < len(SPARES)):
-            return
-        if self.world.faults.strike("binding fails", 0.03) or (
-            self.is_rank and self.world.course.reformed and not self.world.reforms_work
-        ):
-            self.fail("cannot bind")
-        elif self.world.faults.strike("binding hangs", 0.02):
-            self.hung = self.struck = True
-        else:
-            self.state = "serving"
-            self.asked = False
-            self.say("ready")
-
-    def on_serving(self) -> None:
-        if self.asked or (self.alone and self.world.faults.random.random() < 0.3):
-            self.error = "" if self.asked else "connection closed by peer"
-            self.asked = False
-            self.state, self.left = "leaving", self.world.faults.random.uniform(0.0, LEAVES)
-        elif self.is_rank and self.world.faults.strike("loop fails", 0.0005):
-            self.struck = self.broke = True
-            self.error = "an error in its loop"
-            self.state, self.left = "leaving", 0.0
-
-    def on_leaving(self) -> None:
-        if self.left > 0:
-            return
-        if self.world.faults.strike("does not leave", 0.1):
-            self.hung = self.struck = True
-        elif not self.loaded or self.in_place:
-            self.fail("its scheduler is over")
-        else:
-            self.state, self.alone = "waiting", False
-            self.say("left", error=self.error)
-
-
-class Warmth:
-    """The template, as far as it matters: while it imports, nothing is started."""
-
-    suspect = False
-
-    def __init__(self) -> None:
-        self.left = 0.0
-
-    @property
-    def importing(self) -> bool:
-        return self.left > 0
-
-    def begin(self) -> None: ...
-    def failed(self) -> None: ...
-    def succeeded(self) -> None: ...
+#: does not leave is killed, the back-off is over, and an epoch of new processes begins, or the third, where weights
+#: could be loaded first and have to be loaded in place
+READY_WITHIN = FOUND_WITHIN + ARGS.start_timeout + 3 * (LEAVE_WITHIN + ARGS.restart_backoff_max + LOADS + BINDS + 1.0)
+#: in which a group that serves has its spares, one of which may just have died
+HAS_SPARES_WITHIN = 2 * (LOADS + 1.0) + 6.0
+#: seconds that pass, now and then, in which a group serves and nothing happens
+CALM = (30.0, 100.0, 250.0, 500.0, 1000.0, 4000.0, 20000.0, 100000.0)
 
 
 class Group(Course[Process]):
@@ -208,7 +39,7 @@ class Group(Course[Process]):
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self.warm = Warmth()
+        self.warm = Warmth(world)
         self.next = 0
         self.gone = 0
         #: at the latest; as a supervisor sleeps
@@ -267,7 +98,7 @@ class Group(Course[Process]):
     def _start(self) -> None:
         spares = {each.name: each for each in self.world.processes if each.alive and not each.told}
         super()._start()
-        self.world.judge.begun(self._members, spares, self.reformed, self.world.now)
+        self.world.judge.begun(self._members, spares, self.reformed, self.warm.cold, self.world.now)
 
     def _quit_cause(self) -> str:
         return "SIGQUIT"
@@ -328,7 +159,7 @@ class World:
 
     def __post_init__(self) -> None:
         chance = self.faults.random
-        #: of the model and the machine, and so also when nothing fails any more
+        #: of the model and the machine, which may change, and so also when nothing fails any more
         self.loads_first_works = chance.random() < 0.85
         self.reforms_work = chance.random() < 0.85
         self.pids = 0
@@ -336,11 +167,13 @@ class World:
         self.kept = self.reforms = self.readies = 0
         #: when the frontend gives up the epoch that it found broken
         self.gives_up: tuple[int, float] | None = None
-        self.judge = Judge(ARGS.restart_backoff, STEP)
+        self.judge = Judge(ARGS.restart_backoff, ARGS.start_timeout, STEP)
         self.course = self.group_class(self)
 
     def start(self, seat: str, in_place: bool) -> Process:
         self.pids += 1
+        if self.course._phase == "ready":
+            self.judge.spare_begun(self.now)
         self.processes.append(Process(self, self.pids, seat, in_place))
         return self.processes[-1]
 
@@ -358,13 +191,13 @@ class World:
         course = self.course
         self.expected = {p.pid for p in course._all() if p.leaving} | {p.pid for p in course._left.values()}
         assert (served and not planned) or not self.expected, "ranks are used again that must not be"
-        if served and not planned and not course._reforming.given_up:
+        if served and not planned and not self.judge.reforms_rest(self.now):
             assert well <= self.expected, "one died, and another is not kept"
 
     def on_ready(self) -> None:
         course = self.course
         self.readies += 1
-        self.judge.is_ready()
+        self.judge.is_ready(self.now)
         members = course._members
         assert set(members) == set(SEATS)
         for member in members.values():
@@ -381,6 +214,10 @@ class World:
         passed = STEP
         if self.faults.strike("clock jumps", 0.003):
             passed = self.faults.random.choice([0.0, 0.5, 5.0])
+        if self.calm() and self.faults.event("calm", 0.03):
+            self.now += self.faults.random.choice(CALM)
+        self.reforms_work ^= self.faults.event("re-forms work, or no more", 0.001)
+        self.loads_first_works ^= self.faults.event("weights can be loaded first, or no more", 0.0003)
         self.now += passed
         if passed > STEP:
             self.judge.jumped(self.now)
@@ -459,20 +296,42 @@ class World:
         self.faults.over = True
         for _ in range(int(3.0 / STEP)):
             self.step()  # what has been asked for takes its course: SIGQUIT has a grace
-        deadline = self.now + READY_WITHIN
-        while not self.serves():
-            assert self.now < deadline, "the group does not serve again"
-            self.step()
-        for _ in range(int(2 * (LOADS + 1) / STEP) + 120):
-            self.step()
-            assert self.serves(), "the group does not stay"
-        if self.reforms_work and self.loads_first_works:
-            given_up = self.course._reforming.given_up
-            assert given_up or set(self.course._spares) == set(SPARES), "a spare is missing"
+        self.serves_again()
+        self.stays()
+        self.comes_back()
         self.course.shut_down()
         for _ in range(int(8 / STEP)):
             self.step()
         assert self.course._finished(), "it does not end"
+
+    def serves_again(self) -> None:
+        deadline = self.now + READY_WITHIN
+        while not self.serves():
+            assert self.now < deadline, "the group does not serve again"
+            self.step()
+
+    def stays(self) -> None:
+        for _ in range(int(HAS_SPARES_WITHIN / STEP)):
+            self.step()
+            assert self.serves(), "the group does not stay"
+
+    def comes_back(self) -> None:
+        """Whatever was set aside: when all works again, it is tried again in time. Weights first, then a re-form."""
+        self.reforms_work = self.loads_first_works = True
+        for _ in range(2):
+            self.now += LONGEST_REST
+            self.step()
+            self.course._members["rank0"].die(by_itself=False)
+            self.serves_again()
+        assert self.course.reformed, "not re-formed again"
+        self.stays()
+        assert set(self.course._spares) == set(SPARES), "a spare is missing"
+
+    def calm(self) -> bool:
+        """Nothing is under way in a group that serves."""
+        course = self.course
+        waits = course._fence is not None or course._failed_loops or self.judge.waits_for_an_end()
+        return self.serves() and not waits and not any(member.outbox for member in course._members.values())
 
     def serves(self) -> bool:
         members = self.course._members.values()

@@ -11,8 +11,10 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from reform_world import Group, Process, simulate
+from reform_process import Process
+from reform_world import Group, simulate
 
+from sglang_kevlar.control.breaker import Breaker
 from sglang_kevlar.control.reforming import ASK_AGAIN, Reforming
 
 SEEDS = 60
@@ -21,13 +23,16 @@ FRESH = 20
 
 def test_whatever_dies_or_hangs_the_group_serves_again():
     faults: Counter[str] = Counter()
-    kept = reforms = 0
+    kept = reforms = rests = returns = 0
     for seed in range(SEEDS):
         world = simulate(seed)
+        rests += world.judge.rests
+        returns += world.judge.returns
         faults += world.faults.counts
         kept += world.kept
         reforms += world.reforms
-    assert kept >= reforms > SEEDS
+    assert reforms > kept - SEEDS and kept > SEEDS
+    assert rests > SEEDS and returns > SEEDS
     crashes = {kind for kind in faults if kind.startswith("crash while")}
     states = {"loading", "waiting", "binding", "serving", "leaving", "being a spare"}
     assert crashes == {f"crash while {state}" for state in states}
@@ -90,18 +95,33 @@ def test_a_fence_that_keeps_nobody_is_noticed():
 
 def test_ranks_of_an_epoch_that_never_served_are_noticed(monkeypatch):
     decide = Reforming.survivors
-    monkeypatch.setattr(Reforming, "survivors", lambda self, served, planned, alive: decide(self, True, planned, alive))
+    monkeypatch.setattr(
+        Reforming, "survivors", lambda self, served, planned, alive, now: decide(self, True, planned, alive, now)
+    )
     caught("used again", Group)
 
 
 def test_a_start_without_a_deadline_is_noticed(monkeypatch):
     monkeypatch.setattr(Reforming, "deadline", lambda self: float("inf"))
-    caught("does not serve again")
+    caught("a start takes too long|does not serve again", seeds=150)
 
 
 def test_weights_that_cannot_be_loaded_first_and_are_tried_for_ever_are_noticed(monkeypatch):
-    monkeypatch.setattr(Reforming, "loads_in_place", False)
-    caught("does not serve again")
+    class Stubborn(Group):
+        def _in_place(self, seat: str) -> bool:
+            return False
+
+    caught("does not serve again|not loaded as they must be", Stubborn)
+
+
+def test_loading_first_that_once_worked_and_is_never_blamed_is_noticed():
+    class Trusting(Group):
+        def _start(self) -> None:
+            if self._reforming._loading.failures == 0 and self.world.readies:
+                self._reforming.suspect = False
+            super()._start()
+
+    caught("does not serve again|not loaded as they must be", Trusting)
 
 
 def test_a_forgotten_process_is_noticed():
@@ -207,10 +227,73 @@ def test_a_start_without_a_backoff_is_noticed():
     caught("before its time", Eager)
 
 
+# What fails is set aside, and comes back.
+
+
 def test_reforms_that_fail_and_are_tried_for_ever_are_noticed():
     class Stubborn(Group):
         def _end_epoch(self, cause: str, **how: Any) -> None:
             super()._end_epoch(cause, **how)
-            self._reforming._strikes = 0
+            self._reforming._trust.worked()
 
-    caught("failed twice in a row", Stubborn)
+    caught("though that is set aside|must not be used again|though re-forms are set aside", Stubborn)
+
+
+def test_reforms_that_are_given_up_for_good_are_noticed():
+    class Resigned(Group):
+        def _end_epoch(self, cause: str, **how: Any) -> None:
+            super()._end_epoch(cause, **how)
+            if self._reforming._trust.failures >= 2:
+                self._reforming._trust.open_until = float("inf")
+
+    caught("another is not kept|not re-formed again", Resigned)
+
+
+def test_loading_first_that_is_given_up_for_good_is_noticed():
+    class Resigned(Group):
+        def _start(self) -> None:
+            if self._reforming._loading.failures:
+                self._reforming._loading.open_until = float("inf")
+            super()._start()
+
+    caught("not loaded as they must be|not re-formed again", Resigned)
+
+
+def test_forks_that_are_tried_with_what_failed_before_are_noticed(monkeypatch):
+    monkeypatch.setattr(Reforming, "loads_first_again", False)
+    caught("two things are tried at once")
+
+
+def test_a_time_that_does_not_double_is_noticed(monkeypatch):
+    failed = Breaker.failed
+
+    def always_the_first(self: Breaker, now: float) -> None:
+        self._length = self._shortest
+        failed(self, now)
+
+    monkeypatch.setattr(Breaker, "failed", always_the_first)
+    caught("though that is set aside|must not be used again|not loaded as they must be|before its time")
+
+
+def test_a_reform_that_has_hardly_served_and_forgives_the_failed_ones_is_noticed():
+    class Gullible(Group):
+        def _on_ready(self) -> None:
+            super()._on_ready()
+            if self.reformed:
+                self._reforming._trust.worked()
+
+    caught("though that is set aside|must not be used again|before its time", Gullible, seeds=200)
+
+
+def test_spares_that_are_started_while_reforms_are_set_aside_are_noticed():
+    class Busy(Group):
+        def _end_epoch(self, cause: str, **how: Any) -> None:
+            super()._end_epoch(cause, **how)
+            self._spare_at = 0.0
+
+    caught("a spare is started though", Busy)
+
+
+def test_spares_that_outlive_the_last_failed_reform_are_noticed(monkeypatch):
+    monkeypatch.setattr(Reforming, "keeps_spares", lambda self, served, now: served)
+    caught("must not be used again|though that is set aside|before its time", seeds=400)

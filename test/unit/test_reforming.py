@@ -23,12 +23,34 @@ RANKS = ("rank0", "rank1")
 # -- the rules
 
 
+def survivors(rules: Reforming, now: float) -> frozenset[str]:
+    return rules.survivors(served=True, planned=False, alive=["rank0"], now=now)
+
+
+def reform(rules: Reforming, now: float, served_for: float | None, by_itself: bool = True) -> None:
+    """A whole re-formed epoch, which ends then."""
+    rules.form(["rank0"], now)
+    if served_for is not None:
+        rules.succeeded(now)
+    rules.ended(served_for, by_itself, now)
+
+
+def start(rules: Reforming, now: float, works: bool = True, by_itself: bool = True) -> None:
+    """A start of new processes; when it works, the epoch serves for long and is then killed."""
+    rules.form([], now)
+    if works:
+        rules.succeeded(now)
+        rules.ended(1000.0, False, now)
+    else:
+        rules.ended(None, by_itself, now)
+
+
 def test_only_an_epoch_that_served_leaves_survivors() -> None:
     rules = Reforming(True, (), 100.0)
-    assert rules.survivors(served=True, planned=False, alive=["rank0"]) == {"rank0"}
-    assert not rules.survivors(served=False, planned=False, alive=["rank0"])
-    assert not rules.survivors(served=True, planned=True, alive=["rank0"])
-    assert not Reforming(False, (), 100.0).survivors(served=True, planned=False, alive=["rank0"])
+    assert survivors(rules, 0.0) == {"rank0"}
+    assert not rules.survivors(served=False, planned=False, alive=["rank0"], now=0.0)
+    assert not rules.survivors(served=True, planned=True, alive=["rank0"], now=0.0)
+    assert not survivors(Reforming(False, (), 100.0), 0.0)
 
 
 def test_a_reform_has_less_time_than_a_start() -> None:
@@ -46,60 +68,141 @@ def test_a_reform_has_less_time_than_a_start() -> None:
     assert rules.deadline() == 310.0
 
 
-_EVENTS = ("reform fails", "reform is killed", "reform works", "start works", "start fails")
-
-
-@given(st.lists(st.sampled_from(_EVENTS), max_size=30))
-def test_given_up_after_two_failed_reforms_in_a_row(history: list[str]) -> None:
+def test_two_bad_reforms_cost_minutes_and_not_the_life_of_the_supervisor() -> None:
     rules = Reforming(True, ["rank0"], 100.0)
-    in_a_row = 0
-    for event in history:
-        if rules.given_up:
-            break
-        if event == "start fails":
-            rules.form([], 0.0)
-            rules.succeeded(1.0)  # proved, or it would be a suspect
-        rules.form(["rank0"] if event.startswith("reform") else [], 0.0)
-        if event.endswith("works"):
-            rules.succeeded(1.0)
-        else:
-            rules.failed(by_itself=not event.endswith("killed"))
-        if event == "reform fails":
-            in_a_row += 1
-        elif event == "reform works":
+    start(rules, 0.0)
+    reform(rules, 10.0, served_for=None)
+    assert survivors(rules, 10.0)
+    reform(rules, 20.0, served_for=None)
+    assert not survivors(rules, 20.0) and not survivors(rules, 319.0)
+    assert rules.rests_until == 320.0 and not rules.keeps_spares(True, 319.0)
+    assert rules.set_aside(119.0) == ["no re-forms for 201 s, because 2 in a row failed"]
+    start(rules, 100.0)  # which says nothing about re-forms
+    assert not survivors(rules, 319.0) and survivors(rules, 320.0)
+    assert not rules.set_aside(320.0) and rules.keeps_spares(True, 320.0)
+    # It works again, and all is as it was.
+    rules.form(["rank0"], 1000.0)
+    assert rules.tried_again() == "a re-form is tried again, after 2 in a row failed"
+    rules.ended(60.0, True, 1060.0)
+    rules.form(["rank0"], 1061.0)
+    assert rules.tried_again() == ""
+    rules.ended(None, True, 1062.0)
+    assert survivors(rules, 1062.0)
+
+
+def test_a_reform_that_fails_again_is_set_aside_for_longer() -> None:
+    rules = Reforming(True, (), 100.0)
+    start(rules, 0.0)
+    now, lengths = 0.0, []
+    for _ in range(12):
+        reform(rules, now, served_for=None)
+        lengths.append(max(0.0, rules.rests_until - now))
+        now = max(now, rules.rests_until)
+        assert survivors(rules, now)
+    assert lengths[:4] == [0.0, 300.0, 600.0, 1200.0] and lengths[-1] == 86400.0
+
+
+def test_a_reform_that_ends_by_itself_when_it_has_hardly_served_has_failed() -> None:
+    rules = Reforming(True, ["rank0"], 100.0)
+    start(rules, 0.0)
+    reform(rules, 10.0, served_for=1.0)
+    reform(rules, 20.0, served_for=4.9)
+    assert not survivors(rules, 20.0) and not rules.keeps_spares(True, 20.0)
+
+
+# served for how long, ended by itself
+_REFORMS = [(None, True), (None, False), (1.0, True), (1.0, False), (5.0, True), (1e6, False)]
+
+
+@given(st.lists(st.tuples(st.sampled_from([*_REFORMS, "start"]), st.floats(0.0, 1e6)), max_size=40))
+def test_reforms_are_set_aside_after_two_failures_in_a_row_and_at_most_for_a_day(history: list) -> None:
+    rules = Reforming(True, ["rank0"], 100.0)
+    start(rules, 0.0)
+    now, in_a_row = 0.0, 0
+    for event, pause in history:
+        now += pause
+        if event == "start" or not survivors(rules, now):
+            start(rules, now)
+            continue
+        reform(rules, now, *event)
+        if event[0] is not None and event[0] >= 5.0:
             in_a_row = 0
-    assert rules.given_up == (in_a_row >= 2)
-    assert bool(rules.survivors(served=True, planned=False, alive=["rank0"])) != rules.given_up
-    assert rules.missing_spares([]) == ([] if rules.given_up else ["rank0"])
+        elif event[1]:
+            in_a_row += 1
+        fresh = event[1] and in_a_row >= 2
+        assert (not survivors(rules, now)) == fresh
+        assert survivors(rules, now + 86400.0)
+        assert bool(rules.set_aside(now)) == fresh
+        # It is the time at which one is started that waits.
+        assert rules.missing_spares([]) == ["rank0"] and (rules.rests_until > now) == fresh
 
 
 def test_loading_first_is_blamed_only_for_what_works_without() -> None:
     rules = Reforming(True, ["rank0"], 100.0)
-    assert not rules.loads_in_place
     for _ in range(2):  # fails either way: tried in turns
-        rules.form([], 0.0)
-        rules.failed(by_itself=True)
-        assert rules.suspect and rules.loads_in_place
-        rules.form([], 0.0)
-        rules.failed(by_itself=True)
-        assert not rules.loads_in_place
-    rules.form([], 0.0)
-    rules.failed(by_itself=False)
-    assert not rules.suspect
-    rules.form([], 0.0)
-    rules.failed(by_itself=True)
-    rules.form([], 0.0)
-    rules.succeeded(1.0)
-    assert rules.given_up and rules.loads_in_place and not rules.missing_spares([])
-
-
-def test_loading_first_that_worked_once_is_not_blamed() -> None:
-    rules = Reforming(True, (), 100.0)
-    rules.form([], 0.0)
-    rules.succeeded(1.0)
-    rules.form([], 2.0)
-    rules.failed(by_itself=True)
+        start(rules, 0.0, works=False)
+        assert rules.suspect and not rules.loads_in_place
+        start(rules, 0.0, works=False)
+        assert not rules.suspect and rules.loads_in_place
+    start(rules, 0.0, works=False, by_itself=False)
     assert not rules.suspect and not rules.loads_in_place
+    start(rules, 0.0, works=False)
+    start(rules, 0.0)
+    assert rules.loads_in_place and not rules.missing_spares([])
+
+
+def test_one_failed_first_start_costs_minutes_and_not_the_life_of_the_supervisor() -> None:
+    rules = Reforming(True, ["rank0"], 100.0)
+    start(rules, 0.0, works=False)
+    start(rules, 10.0)
+    [text] = rules.set_aside(10.0)
+    assert text == "for 300 s weights are not loaded first, and no rank outlives an epoch, because 1 failed"
+    rules.form([], 309.0)
+    assert rules.loads_in_place
+    # It lasts for twice as long when it fails again,
+    start(rules, 310.0, works=False)
+    assert not rules.loads_in_place and rules.suspect
+    start(rules, 320.0)
+    start(rules, 919.0)
+    assert rules.loads_in_place and not rules.missing_spares([])
+    rules.form([], 920.0)
+    assert not rules.loads_in_place and rules.loads_first_again
+    assert rules.tried_again() == "weights are loaded first again, after 2 in a row failed"
+    # and is over when it works.
+    rules.succeeded(921.0)
+    assert rules.missing_spares([]) == ["rank0"] and not rules.set_aside(921.0) and not rules.loads_first_again
+
+
+def test_loading_first_that_worked_is_blamed_when_it_fails_twice_in_a_row() -> None:
+    rules = Reforming(True, (), 100.0)
+    start(rules, 0.0)
+    for _ in range(3):
+        start(rules, 2.0, works=False)
+        assert not rules.suspect
+        start(rules, 3.0)
+        assert not rules.loads_in_place
+    start(rules, 4.0, works=False)
+    start(rules, 5.0, works=False)
+    assert rules.suspect
+
+
+@given(st.lists(st.tuples(st.booleans(), st.floats(0.0, 1e6)), max_size=40))
+def test_the_third_start_is_one_that_upstream_could_make_too(history: list) -> None:
+    """Whether weights can be loaded first may change whenever the group serves."""
+    rules = Reforming(True, ["rank0"], 100.0)
+    now = 0.0
+    for first_works, pause in history:
+        now += pause
+        failed = 0
+        rules.form([], now)
+        while not (rules.loads_in_place or first_works):
+            rules.ended(None, True, now)
+            failed += 1
+            rules.form([], now)
+        assert failed <= 2
+        rules.succeeded(now)
+        rules.ended(1000.0, False, now)
+        assert bool(survivors(rules, now)) != rules.loads_in_place
 
 
 # -- the supervisor
@@ -205,6 +308,27 @@ def test_a_reform_that_fails_is_followed_by_a_whole_start(group: Group) -> None:
     assert not set(pids(third).values()) & set(pids(first).values())
 
 
+def test_after_two_failed_reforms_a_group_starts_whole_and_says_for_how_long(group: Group) -> None:
+    group.behave("rank1.load", "if os.path.exists(f'{run_dir}/bad'): os.unlink(f'{run_dir}/bad'); os._exit(7)")
+    group.start()
+    report = group.ready()
+    for _ in range(2):
+        (group.run_dir / "bad").touch()
+        os.kill(pid_of(report, "rank1"), signal.SIGKILL)
+        report = group.ready(after=report.epoch + 1)
+        assert report.formed == "warm"  # for which that is no fault, either
+    os.kill(pid_of(report, "rank1"), signal.SIGKILL)
+    last = group.ready(after=report.epoch)
+    assert not set(pids(last).values()) & set(pids(report).values())
+    assert group.process is not None and group.process.stderr is not None
+    group.process.send_signal(signal.SIGTERM)
+    log = group.process.stderr.read().decode()
+    assert group.wait() == 0
+    [failed, died] = [line for line in log.splitlines() if "no re-forms for" in line]
+    assert "exited with status 7" in failed and "no re-forms for 300 s, because 2 in a row failed" in failed
+    assert "SIGKILL" in died
+
+
 def test_a_reform_that_hangs_is_followed_by_a_whole_start(group: Group) -> None:
     group.configure(reform="auto", start_timeout=2.0)
     group.behave("rank1.load", "if os.path.exists(f'{run_dir}/stuck'): time.sleep(1000)")
@@ -305,12 +429,10 @@ def test_a_spare_is_enough_for_an_epoch_to_begin_at_once(group: Group) -> None:
     assert second.formed == "reformed"
 
 
-def test_a_spare_shortens_no_wait_after_a_start_that_failed() -> None:
+def test_no_spare_outlives_a_start_that_failed() -> None:
     rules = Reforming(True, ["rank0"], 100.0)
-    assert rules.at_once(served=True, survivors=[], spares=["rank0"])
-    assert rules.at_once(served=True, survivors=["rank1"], spares=[])
-    assert not rules.at_once(served=True, survivors=[], spares=[])
-    assert not rules.at_once(served=False, survivors=[], spares=["rank0"])
+    assert rules.keeps_spares(served=True, now=0.0)
+    assert not rules.keeps_spares(served=False, now=0.0)
 
 
 def test_sigterm_ends_those_that_wait_too(group: Group) -> None:

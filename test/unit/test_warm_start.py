@@ -165,8 +165,21 @@ def test_what_fails_twice_as_a_fork_and_not_cold_is_not_forked_again(group: Grou
         os.kill(pid_of(report, "rank1"), signal.SIGKILL)
     last = group.ready(after=4)
     assert [*epochs, last.epoch] == [2, 4, 5] and not is_warm(last)
-    assert "2 starts failed of which a cold repetition succeeded" in log(group)
+    assert "cold for 300 s, with all imports: 2 starts in a row failed of which a cold repetition succeeded" in log(
+        group
+    )
     eventually(lambda: not any(alive(pid) for pid in templates(group)))
+
+
+def test_a_fork_that_failed_is_forgiven_when_one_works(group: Group) -> None:
+    group.behave("rank1", FORK_ONLY % "int(epoch) in (1, 4)")
+    group.start()
+    after = 0
+    for epoch, warm in ((2, False), (3, True), (5, False), (6, True)):
+        report = group.ready(after=after)
+        assert (report.epoch, is_warm(report)) == (epoch, warm)
+        os.kill(pid_of(report, "rank0"), signal.SIGKILL)
+        after = epoch
 
 
 def test_a_start_that_fails_cold_too_is_not_held_against_the_template(group: Group) -> None:

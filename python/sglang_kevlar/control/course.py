@@ -14,12 +14,12 @@ from typing import Generic, Protocol, TypeVar
 
 from sglang_kevlar.control.backoff import Backoff
 from sglang_kevlar.control.detection import CALM_INTERVAL, EpochWatch, Observation
-from sglang_kevlar.control.reforming import ASK_AGAIN, DEATH_SHOWS_WITHIN, LEAVE_WITHIN, Reforming
+from sglang_kevlar.control.reforming import ASK_AGAIN, DEATH_SHOWS_WITHIN, HEALTHY_AFTER, LEAVE_WITHIN, Reforming
 from sglang_kevlar.protocol.group import GroupPhase, LossKind
 from sglang_kevlar.protocol.launch import EXIT_CONFIG, EXIT_FAILED_START, KevlarArgs
 
-#: seconds before a re-form, and for how long an epoch has to have served to be no repetition
-_REFORM_BACKOFF, _REFORM_HEALTHY = 0.02, 5.0
+#: seconds before a re-form
+_REFORM_BACKOFF = 0.02
 #: seconds between the death of a process's first thread, which a frontend may see, and its end
 _END_SHOWS_WITHIN = 0.1
 #: seconds before a spare is replaced that died
@@ -62,7 +62,7 @@ class Warmth(Protocol):
     def importing(self) -> bool: ...
     @property
     def suspect(self) -> bool: ...
-    def begin(self) -> None: ...
+    def begin(self, cold: bool) -> None: ...
     def failed(self) -> None: ...
     def succeeded(self) -> None: ...
 
@@ -92,7 +92,7 @@ class Course(ABC, Generic[M]):
         self._exit_on_failed_start = exit_on_failed_start
         longest = kevlar.restart_backoff_max
         self._backoff = Backoff(kevlar.restart_backoff, longest)
-        self._reform_backoff = Backoff(min(_REFORM_BACKOFF, longest), longest, _REFORM_HEALTHY)
+        self._reform_backoff = Backoff(min(_REFORM_BACKOFF, longest), longest, HEALTHY_AFTER)
         self._reforming = Reforming(reforms, spares, kevlar.start_timeout)
 
         self._epoch = 0
@@ -233,7 +233,9 @@ class Course(ABC, Generic[M]):
             cause = "; ".join(f"{name}'s scheduler failed: {error}" for name, error in failed.items())
             # When nobody else is dead, they failed by themselves. A large process may take longer to be all dead.
             dying = [m.name for m in self._members.values() if m.process.ending()]
-            self._end_epoch(f"{', '.join(dying)} ended; {cause}" if dying else cause, guilty=dying or failed)
+            whole = f"{', '.join(dying)} ended; {cause}" if dying else cause
+            # Who is dying may have been killed.
+            self._end_epoch(whole, by_itself=not dying, guilty=dying or failed)
         if now >= self._ask_at:
             self._ask_at = now + ASK_AGAIN
             for member in self._members.values():
@@ -254,12 +256,12 @@ class Course(ABC, Generic[M]):
         self._phase, self._ready_at, self._ending = "starting", None, False
         self._quit_deadline = float("inf")
         self._start_watch = EpochWatch(self._kevlar, now)
-        self._warmth.begin()
         self._epoch = self._begin_epoch()
         left, self._left = self._left, {}
         missing = sorted(set(self._seats) - left.keys())
         spares = [name for name in missing if name in self._spares]
         self._reforming.form([*left, *spares], now)
+        self._warmth.begin(cold=self._reforming.loads_first_again)
         self._start_deadline = self._reforming.deadline()
         if self._reforming.reformed:
             around = ", ".join(sorted(left)) or "nobody"
@@ -267,6 +269,8 @@ class Course(ABC, Generic[M]):
                 f"epoch {self._epoch} is re-formed around {around}; new: {', '.join(missing)}"
                 + (f", of which {', '.join(spares)} from the spares" if spares else "")
             )
+        if again := self._reforming.tried_again():
+            self._log(f"epoch {self._epoch}: {again}")
         for name in self._seats:
             member = left.get(name) or self._spares.pop(name, None) or self._new_member(name, self._in_place(name))
             self._members[name] = member
@@ -319,11 +323,10 @@ class Course(ABC, Generic[M]):
             now = self._ready_at = self._clock()
             self._phase = "ready"
             self._failed_starts = 0
-            if self._reforming.suspect:
-                self._log(
-                    "ranks load their weights in place from now on, and outlive no epoch: a start failed otherwise"
-                )
+            blamed = self._reforming.suspect
             self._reforming.succeeded(now)
+            if blamed:
+                self._log("; ".join(self._reforming.set_aside(now)))
             if self._reforming.reformed:
                 self._log(f"epoch {self._epoch} is ready, {now - self._started_at:.2f} s after it was begun")
             self._warmth.succeeded()
@@ -385,19 +388,22 @@ class Course(ABC, Generic[M]):
         self._phase, self._cause, self._kind = "down", cause, kind
         if self._ready_at is None and not planned:
             self._failed_starts += 1
-            if by_itself:
+            if by_itself and not self._reforming.reformed:
                 self._warmth.failed()
         alone = [
             m.name for m in self._members.values() if m.can_leave and m.name not in guilty and not m.process.ending()
         ]
-        survivors = self._reforming.survivors(served, planned or whole, alone)
+        served_for = None if self._ready_at is None else now - self._ready_at
+        self._reforming.ended(served_for, by_itself, now)
+        # Spares are none while re-forms are set aside.
+        self._spare_at = max(self._spare_at, self._reforming.rests_until)
+        survivors = self._reforming.survivors(served, planned or whole, alone, now)
+        keeps_spares = self._reforming.keeps_spares(served, now)
         failed, self._failed_loops, self._failed_deadline = self._failed_loops, {}, float("inf")
         self._fence = None
-        if not served:
-            self._reforming.failed(by_itself)
-        at_once = self._reforming.at_once(served, survivors, self._spares)
+        at_once = bool(survivors) or (keeps_spares and bool(self._spares))
         backoff = self._reform_backoff if at_once else self._backoff
-        delay = 0.0 if planned else backoff.failed(0.0 if self._ready_at is None else now - self._ready_at)
+        delay = 0.0 if planned else backoff.failed(served_for or 0.0)
         self._next_start = now + delay
         if kind is not None:
             # Before others see the ends of processes, and take them for the cause.
@@ -410,13 +416,13 @@ class Course(ABC, Generic[M]):
                 elif member.name not in failed:
                     member.leaving = True
                     member.ask_to_leave()
-            if not served:
-                # They are as suspect as what took so long.
+            if not keeps_spares:
                 self._doomed += [*self._left.values(), *self._spares.values()]
                 self._left, self._spares = {}, {}
                 for member in self._doomed:
                     member.process.kill()
-            self._log(f"epoch {self._epoch} ended: {cause}; {self._what_next(delay)}")
+            what_next = "; ".join([self._what_next(delay), *self._reforming.set_aside(now)])
+            self._log(f"epoch {self._epoch} ended: {cause}; {what_next}")
             hopeless = self._ready_at is None and not passing and not self._warmth.suspect
             hopeless = hopeless and not self._reforming.suspect
             if self._exit_on_failed_start and hopeless and not self._exit_status:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from sglang_kevlar.control.backoff import Backoff
+from sglang_kevlar.control.breaker import Breaker
 from sglang_kevlar.launcher.process import Child, adopted, spawn
 from sglang_kevlar.worker.template import MESSAGE_LIMIT, OMP_ENV
 
@@ -18,15 +19,17 @@ from sglang_kevlar.worker.template import MESSAGE_LIMIT, OMP_ENV
 _ANSWER = 5.0
 #: a template that dies is replaced, and again after these seconds at least
 _REPLACE = (1.0, 60.0)
-#: so many times the imports may be to blame for a start that failed, before no more are tried
+#: so many times in a row the imports may be to blame for a start that failed, before starts are cold for a time; and
+#: the shortest and the longest such time
 _STRIKES = 2
+_REST = (300.0, 86400.0)
 
 
 class WarmStart:
     """Members of a group, forked of a template.
 
     What a fork lacks shows when the member starts. So after a warm start that failed the next is cold, and when that
-    succeeds, twice, there are no more warm ones.
+    succeeds, twice in a row, there are no warm ones for a time.
     """
 
     def __init__(
@@ -57,7 +60,7 @@ class WarmStart:
         self.warm = False
         #: the last one was, and failed
         self.suspect = False
-        self._strikes = 0
+        self._trust = Breaker(_STRIKES, *_REST)
 
     # -- for the supervisor's loop
 
@@ -96,9 +99,9 @@ class WarmStart:
 
     # -- for starts
 
-    def begin(self) -> None:
-        """An epoch starts."""
-        self.warm = self._ready_at is not None and not self.suspect
+    def begin(self, cold: bool) -> None:
+        """An epoch starts. ``cold``: it tries something else that may fail, which is to be told from this."""
+        self.warm = self._ready_at is not None and not self.suspect and not cold
 
     def fork(self, name: str, command: Sequence[str], stderr: int, ready: int, orders: int) -> Child | None:
         """A member that runs ``command`` (a Python module) when it is let go, or None: it has to be started cold."""
@@ -120,10 +123,17 @@ class WarmStart:
 
     def succeeded(self) -> None:
         """The epoch became ready."""
+        now = time.monotonic()
         if self.suspect:
-            self._strikes += 1
-            if self._strikes == _STRIKES:
-                self._give_up(f"{_STRIKES} starts failed of which a cold repetition succeeded")
+            self._trust.failed(now)
+            if self._trust.is_open(now):
+                rest = self._trust.open_until - now
+                why = f"{self._trust.failures} starts in a row failed of which a cold repetition succeeded"
+                self._log(f"starts are cold for {rest:.0f} s, with all imports: {why}")
+                self.end()
+                self._due = self._trust.open_until
+        elif self.warm:
+            self._trust.worked()
         self.suspect = False
 
     def failed(self) -> None:
