@@ -59,8 +59,8 @@ class Lookup(pydantic.BaseModel):
     limit: int = pydantic.Field(ge=0, le=99)
 
 
-#: tokens of each tiny model (scripts/make_models.py), and that with which it ends its answer
-VOCABULARY, END = 2048, "<|im_end|>"
+#: tokens of each tiny model (scripts/make_models.py), and what is one of them: the end of an answer, and of a call
+VOCABULARY, END, END_OF_CALL = 2048, "<|im_end|>", "</tool_call>"
 JSON_SCHEMA = {"type": "json_schema", "json_schema": {"name": "city", "schema": _SCHEMA, "strict": True}}
 
 
@@ -171,12 +171,13 @@ def _ends_calls(url: str) -> dict[str, int]:
     """What brings a model with random weights to the end of a call that it has to make, and that call into form.
 
     The grammar allows white space without end between the parts of the JSON, control characters and halves of
-    surrogates in its strings, which no parser takes, and any text behind the call.
+    surrogates in its strings, which no parser takes, an end tag of which the last token has more than its end, and
+    any text behind that.
     """
     body = {"model": MODEL, "tokens": [[token] for token in range(VOCABULARY)], "skip_special_tokens": False}
     texts = httpx.post(url + "/detokenize", json=body, timeout=60).json()["text"]
     bad = [token for token, text in enumerate(texts) if not text.isprintable() or not text.strip() or "\\" in text]
-    return {**{str(token): -100 for token in bad}, str(texts.index(END)): 100}
+    return {**{str(token): -100 for token in bad}, str(texts.index(END)): 100, str(texts.index(END_OF_CALL)): 50}
 
 
 def json_schema(url: str) -> Any:
