@@ -55,7 +55,7 @@ _SCHEMA["additionalProperties"] = False
 
 
 class Lookup(pydantic.BaseModel):
-    words: list[Annotated[str, pydantic.Field(max_length=10)]] = pydantic.Field(min_length=6, max_length=6)
+    words: list[Annotated[str, pydantic.Field(max_length=10)]] = pydantic.Field(min_length=16, max_length=16)
     limit: int = pydantic.Field(ge=0, le=99)
 
 
