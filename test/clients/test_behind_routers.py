@@ -31,6 +31,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(VENV is None, reason="KEVLAR_
 @pytest.fixture(scope="module")
 def server(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     flags = ("--served-model-name", "tiny", "--restart-backoff", "0.1", "--restart-backoff-max", "0.5")
+    # Without any parser SGLang leaves out log-probabilities of streaming chat, more or less by time (docs/clients.md).
+    flags += ("--tool-call-parser", "qwen25")
     server = Server(models / "llama-f32", tmp_path_factory.mktemp("worker") / "log", *flags)
     try:
         server.wait_ready()
@@ -44,7 +46,9 @@ def router(request: pytest.FixtureRequest, server: Server, tmp_path_factory: pyt
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     command = [f"{VENV}/bin/python", "-m", MODULES[request.param], "launch", "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--prometheus-port", str(free_port()), "--worker-urls", server.url]
+    # Without retries of its own: a request that is sent again would hide that it was lost.
+    command += ["--port", str(port), "--prometheus-port", str(free_port()), "--disable-retries"]
+    command += ["--worker-urls", server.url]
     log = tmp_path_factory.mktemp("router") / "log"
     with log.open("wb") as output:
         process = subprocess.Popen([*command, "--policy", "cache_aware"], stdout=output, stderr=subprocess.STDOUT)
