@@ -4,8 +4,8 @@
     pip install pyte
     python scripts/cast_to_svg.py docs/img/kill.cast > docs/img/kill.svg
 
-pyte is the terminal. Frames are under each other in one long strip, which a CSS animation moves past the window in steps.
-What is shown again, in whatever row or frame, is drawn once and referred to.
+pyte is the terminal. Frames are under each other in one long strip, which a CSS animation moves past the window in
+steps. What is shown again, in whatever row or frame, is drawn once and referred to.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ COLORS = {
 }
 CURSOR = f'<rect y="{-BASELINE}" width="{CELL_WIDTH}" height="{LINE_HEIGHT}" fill="#8b949e"/>'
 STYLE = """\
-text{{font:{size}px ui-monospace,Menlo,Consolas,"DejaVu Sans Mono","Liberation Mono",monospace;fill:{color}}}
+text{{font:{size}px ui-monospace,Menlo,Consolas,"DejaVu Sans Mono","Liberation Mono",monospace}}
 .film{{animation:film {seconds:.2f}s step-end infinite}}
 @keyframes film{{{keyframes}}}
 @media (prefers-reduced-motion:reduce){{.film{{animation:none;transform:translateY({last}px)}}}}"""
@@ -127,21 +127,20 @@ def draw(shown: list[Frame], columns: int, title: str) -> str:
     )
     shared = Shared()
     strip = [shared.refer(_frame(each, shared), y=pitch * i) for i, each in enumerate(shown)]
-    style = STYLE.format(
-        size=FONT_SIZE, color=COLORS["default"], seconds=seconds, keyframes=keyframes, last=-pitch * (len(shown) - 1)
-    )
+    style = STYLE.format(size=FONT_SIZE, seconds=seconds, keyframes=keyframes, last=-pitch * (len(shown) - 1))
     dots = "".join(
         f'<circle cx="{20 + 18 * i}" cy="17" r="5.5" fill="{color}"/>'
         for i, color in enumerate(("#ff5f56", "#ffbd2e", "#27c93f"))
     )
     return "\n".join(
         (
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height}" width="{width:.0f}" height="{height}">',
-            f"<title>{escape(title)}</title><style>{style}</style>",
-            f"<defs>{shared.definitions()}</defs>",
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height}" width="{width:.0f}"',
+            f' height="{height}" fill="{COLORS["default"]}"><title>{escape(title)}</title>',
+            f"<style>{style}</style><defs>{shared.definitions()}</defs>",
             f'<rect width="{width:.0f}" height="{height}" rx="8" fill="#0d1117"/>{dots}',
             f'<text x="{width / 2:.0f}" y="22" text-anchor="middle">{escape(title)}</text>',
-            f'<svg x="{MARGIN}" y="{BAR}" width="{columns * CELL_WIDTH:.0f}" height="{inner}"><g class="film"><g transform="translate(0,{BASELINE})">',
+            f'<svg x="{MARGIN}" y="{BAR}" width="{columns * CELL_WIDTH:.0f}" height="{inner}">',
+            f'<g class="film"><g transform="translate(0,{BASELINE})">',
             *strip,
             "</g></g></svg></svg>\n",
         )
@@ -176,10 +175,8 @@ def _frame(frame: Frame, shared: Shared) -> str:
 
 
 def _text(piece: Piece) -> str:
-    color = COLORS.get(
-        piece.color, f"#{piece.color}" if re.fullmatch("[0-9a-f]{6}", piece.color) else COLORS["default"]
-    )
-    fill = "" if color == COLORS["default"] else f' fill="{color}"'
+    # pyte has names for the 16 colours and six digits for the others.
+    fill = "" if piece.color == "default" else f' fill="{COLORS.get(piece.color, "#" + piece.color)}"'
     weight = ' font-weight="bold"' if piece.bold else ""
     # The width is that of the cells, whichever font there is.
     length = f' textLength="{len(piece.text) * CELL_WIDTH:.0f}"' if len(piece.text) > 1 else ""
