@@ -19,7 +19,7 @@ from itertools import groupby, pairwise
 from pathlib import Path
 
 #: most frames a second. The recording has more; they would only make the file larger.
-RATE = 8.0
+RATE = 6.0
 #: seconds that the last frame stays, before it begins again
 REST = 5.0
 CELL_WIDTH, LINE_HEIGHT, FONT_SIZE = 8.43, 17, 14

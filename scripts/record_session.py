@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Record a terminal in which a worker is killed under load: `docs/img/kill.cast`, and its picture `docs/img/kill.svg`.
 
-    pip install pyte; apt-get install tmux curl jq
+    pip install 'sglang-kevlar[record]'; apt-get install tmux curl jq
     python scripts/record_session.py [--output docs/img/kill]
 
 A real server with two groups, six real streams, a real `kill -9`. What is typed is sent to shells in a tmux, whose
