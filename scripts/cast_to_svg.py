@@ -4,8 +4,8 @@
     pip install pyte
     python scripts/cast_to_svg.py docs/img/kill.cast > docs/img/kill.svg
 
-pyte is the terminal. Frames are under each other in one long strip, which a CSS animation moves past the window in
-steps. What is shown again, in whatever row or frame, is drawn once and referred to.
+pyte is the terminal. An animation (SMIL) changes which of the frames is referred to, so that a browser draws
+that one only. What is shown again, in whatever row or frame, is in the file once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 RATE = 6.0
 #: seconds that the last frame stays, before it begins again
 REST = 5.0
-CELL_WIDTH, LINE_HEIGHT, FONT_SIZE = 8.43, 17, 14
+CELL_WIDTH, LINE_HEIGHT = 8.43, 17  # of a font of 14 px
 MARGIN, BAR, BASELINE = 14, 34, 13
 #: what separates the panes of tmux; text beside it is text of its own, so that the same line is the same in all panes
 BORDERS = "─│┌┐└┘├┤┬┴┼"
@@ -39,11 +39,12 @@ COLORS = {
     "white": "#f0f6fc",
 }
 CURSOR = f'<rect y="{-BASELINE}" width="{CELL_WIDTH}" height="{LINE_HEIGHT}" fill="#8b949e"/>'
+# Fonts whose letters are as wide as the cells, or less wide. That the browser fits the text to the cells (textLength)
+# made it several times as slow.
 STYLE = """\
-text{{font:{size}px ui-monospace,Menlo,Consolas,"DejaVu Sans Mono","Liberation Mono",monospace}}
-.film{{animation:film {seconds:.2f}s step-end infinite}}
-@keyframes film{{{keyframes}}}
-@media (prefers-reduced-motion:reduce){{.film{{animation:none;transform:translateY({last}px)}}}}"""
+text{font:14px Menlo,Consolas,"DejaVu Sans Mono","Liberation Mono",monospace}
+.still{display:none}
+@media (prefers-reduced-motion:reduce){.film{display:none}.still{display:inline}}"""
 
 
 @dataclass(frozen=True)
@@ -106,10 +107,12 @@ class Shared:
     def __init__(self) -> None:
         self._names: dict[str, str] = {}
 
+    def name(self, markup: str) -> str:
+        return self._names.setdefault(markup, f"i{len(self._names):x}")
+
     def refer(self, markup: str, x: float = 0, y: float = 0) -> str:
-        name = self._names.setdefault(markup, f"i{len(self._names):x}")
         place = "".join(f' {axis}="{value:.0f}"' for axis, value in (("x", x), ("y", y)) if value)
-        return f'<use href="#{name}"{place}/>'
+        return f'<use href="#{self.name(markup)}"{place}/>'
 
     def definitions(self) -> str:
         return "\n".join(f'<g id="{name}">{markup}</g>' for markup, name in self._names.items())
@@ -119,15 +122,15 @@ def draw(shown: list[Frame], columns: int, title: str) -> str:
     """``shown``: not empty, all with the same number of rows."""
     inner = len(shown[0].rows) * LINE_HEIGHT
     width, height = columns * CELL_WIDTH + 2 * MARGIN, inner + BAR + MARGIN
-    pitch = inner + LINE_HEIGHT  # a line between frames, for what hangs out of the last
     seconds = shown[-1].at - shown[0].at + REST
-    keyframes = "".join(
-        f"{(each.at - shown[0].at) / seconds:.3%}{{transform:translateY({-pitch * i}px)}}"
-        for i, each in enumerate(shown)
-    )
     shared = Shared()
-    strip = [shared.refer(_frame(each, shared), y=pitch * i) for i, each in enumerate(shown)]
-    style = STYLE.format(size=FONT_SIZE, seconds=seconds, keyframes=keyframes, last=-pitch * (len(shown) - 1))
+    names = [shared.name(_frame(each, shared)) for each in shown]
+    times = [f"{(each.at - shown[0].at) / seconds:.5f}".rstrip("0").rstrip(".") for each in shown]
+    values = ";".join(f"#{name}" for name in names)
+    film = (
+        f'<use class="film" href="#{names[-1]}"><animate attributeName="href" calcMode="discrete"'
+        f' dur="{seconds:.2f}s" repeatCount="indefinite" values="{values}" keyTimes="{";".join(times)}"/></use>'
+    )
     dots = "".join(
         f'<circle cx="{20 + 18 * i}" cy="17" r="5.5" fill="{color}"/>'
         for i, color in enumerate(("#ff5f56", "#ffbd2e", "#27c93f"))
@@ -136,13 +139,11 @@ def draw(shown: list[Frame], columns: int, title: str) -> str:
         (
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height}" width="{width:.0f}"',
             f' height="{height}" fill="{COLORS["default"]}"><title>{escape(title)}</title>',
-            f"<style>{style}</style><defs>{shared.definitions()}</defs>",
+            f"<style>{STYLE}</style><defs>{shared.definitions()}</defs>",
             f'<rect width="{width:.0f}" height="{height}" rx="8" fill="#0d1117"/>{dots}',
             f'<text x="{width / 2:.0f}" y="22" text-anchor="middle">{escape(title)}</text>',
             f'<svg x="{MARGIN}" y="{BAR}" width="{columns * CELL_WIDTH:.0f}" height="{inner}">',
-            f'<g class="film"><g transform="translate(0,{BASELINE})">',
-            *strip,
-            "</g></g></svg></svg>\n",
+            f'<g transform="translate(0,{BASELINE})">{film}<use class="still" href="#{names[-1]}"/></g></svg></svg>\n',
         )
     )
 
@@ -178,9 +179,7 @@ def _text(piece: Piece) -> str:
     # pyte has names for the 16 colours and six digits for the others.
     fill = "" if piece.color == "default" else f' fill="{COLORS.get(piece.color, "#" + piece.color)}"'
     weight = ' font-weight="bold"' if piece.bold else ""
-    # The width is that of the cells, whichever font there is.
-    length = f' textLength="{len(piece.text) * CELL_WIDTH:.0f}"' if len(piece.text) > 1 else ""
-    return f"<text{fill}{weight}{length}>{escape(piece.text, quote=False)}</text>"
+    return f"<text{fill}{weight}>{escape(piece.text, quote=False)}</text>"
 
 
 def render(cast: Path) -> str:

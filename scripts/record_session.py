@@ -40,8 +40,10 @@ import cast_to_svg
 ROOT = Path(__file__).resolve().parents[1]
 PORT = 30000  # the default of the server and of ctl
 COLUMNS, LINES, SHELL_LINES = 120, 38, 24
-#: of each answer: enough that they run until the killed group is back, for some 11 s on two busy cores
-TOKENS = 500
+#: of each answer: enough that they run until the killed group is back, and a little longer, on two cores
+TOKENS = 1000
+#: seconds in which one reads what was printed
+READING = 1.5
 START_TIMEOUT, ANSWER_TIMEOUT = 300.0, 120.0
 PROMPTS = ("def main():", "Return the", "class Server:", "import threading", "Raised when", "The path of the")
 ASK = """\
@@ -246,17 +248,18 @@ def play(tmux: Tmux, recording: Recording, home: Path) -> None:
         tmux("send-keys", "-t", pane, f"./ask {number} | tee killed/{number}", "Enter")
     time.sleep(0.5)
     tmux.run("python -m sglang_kevlar.ctl status")
-    time.sleep(1)
+    time.sleep(READING)
     victim = max(groups(), key=lambda each: each["running"])
     if not victim["running"]:
-        raise SystemExit("nothing runs any more: the streams are too short for this machine")
+        raise SystemExit("nothing runs any more: more --tokens")
     tmux.run(f"kill -9 {victim['pids']['ranks'][0]}")
     time.sleep(1)
     tmux.run("python -m sglang_kevlar.ctl failovers")
+    time.sleep(READING)
     until(all_ready, START_TIMEOUT, "the killed group is back")
     tmux.run("python -m sglang_kevlar.ctl status")
     if not any(each["running"] for each in groups()):
-        raise SystemExit("the streams ended before they were to: they are too short for this machine")
+        raise SystemExit("the streams ended before they were to: more --tokens")
     for pane in tmux.streams:
         until(lambda pane=pane: tmux.idle(pane), ANSWER_TIMEOUT, "the streams end")
     tmux.run("diff -rs undisturbed killed")
@@ -269,8 +272,10 @@ def play(tmux: Tmux, recording: Recording, home: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="of each answer; more on a faster machine")
     parser.add_argument("--output", type=Path, default=ROOT / "docs/img/kill", help="without .cast and .svg")
-    output: Path = parser.parse_args().output
+    arguments = parser.parse_args()
+    output: Path = arguments.output
     for tool in ("tmux", "curl", "jq"):
         if not shutil.which(tool):
             raise SystemExit(f"no {tool} (Debian: apt-get install {tool})")
@@ -286,7 +291,13 @@ def main() -> None:
         (home / "ask").write_text(ASK)
         (home / "ask").chmod(0o755)
         for number, prompt in enumerate(PROMPTS, 1):
-            body = {"model": "demo", "prompt": prompt, "stream": True, "max_tokens": TOKENS, "ignore_eos": True}
+            body = {
+                "model": "demo",
+                "prompt": prompt,
+                "stream": True,
+                "max_tokens": arguments.tokens,
+                "ignore_eos": True,
+            }
             (home / f"requests/{number}").write_text(json.dumps({**body, "temperature": 0.8, "seed": number}))
         with Tmux(Path(name)) as tmux:
             recording = Recording(tmux.attach(), tmux.environment)
