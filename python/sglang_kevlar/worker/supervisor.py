@@ -242,7 +242,8 @@ class Supervisor(Course[Member]):
         self._control = control
 
     def _disconnect(self) -> None:
-        self._control.close(linger=200)
+        # The last report takes that long on a starved machine; without a frontend it is nobody's.
+        self._control.close(linger=500)
         zmq.Context.instance().term()
 
     def _on_message(self) -> None:
