@@ -13,6 +13,7 @@ if __name__ == "__main__":
 
 import argparse
 import contextlib
+import gc
 import sys
 from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any
@@ -99,6 +100,7 @@ def serve(plan: LaunchPlan, paths: Paths, server_args: ServerArgs, on_ready: Cal
             await manager.peers.close()
 
     app.router.lifespan_context = lifespan
+    gc.freeze()  # nothing of this is garbage: to look at all of it takes longer than some leases, and all streams wait
     http_server._setup_and_run_http_server(
         server_args,
         manager,
