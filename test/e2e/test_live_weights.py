@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import pickle
+import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -134,3 +136,15 @@ def test_a_group_that_dies_while_weights_go_around(server: Server, models: Path,
             server.wait(lambda s: all(g["weight_version"] == version for g in s["groups"]), "the group", 90)  # noqa: B023
             load.more(len(cases))
     assert load.versions.keys() == {"one", "two"}
+
+    # A frontend that dies in the middle, too: the next one gives all groups the same.
+    for round, version in enumerate(["two", "one"] * 2):
+        roll(server, where[version], version)
+        time.sleep([0.0, 0.03, 0.08, 0.2][round])
+        before = server.frontend_pid()
+        os.kill(before, signal.SIGKILL)
+        server.wait(lambda s: s["weights"] is None and all(g["state"] == "ready" for g in s["groups"]), "return", 90)
+        (served,) = {group["weight_version"] for group in server.status()["groups"]}
+        with ThreadPoolExecutor(len(cases)) as pool:
+            again = [answer.token_ids for answer in pool.map(lambda case: case.run(server.url), cases * 2)]
+        assert again == answers[served] * 2, f"round {round}: not the weights of {served}"

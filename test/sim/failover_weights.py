@@ -87,7 +87,7 @@ class SimWeights:
 
     # -- ControlRequests
 
-    def weights_change(self) -> bool:
+    def changes_under_way(self) -> bool:
         return False
 
     def check(self, request: Any, channels: Any) -> None: ...

@@ -55,9 +55,14 @@ class CheckedEvents(FailoverEvents):
 
     def dispatched(self, rid: str) -> None:
         actor = self.sim.failover
-        waiting = [held for held in actor.hold._redirected if held != rid and actor._served(held)]
+        # Of two sets of weights each has its own groups.
+        alike = [held for held in actor.hold._redirected if held != rid and self.weights(held) == self.weights(rid)]
+        waiting = [held for held in alike if actor._served(held)]
         assert not waiting, f"new request {rid} goes before redirected {waiting}"
         super().dispatched(rid)
+
+    def weights(self, rid: str) -> str:
+        return self.sim.failover._weights(self.sim.failover.requests[rid].entry)
 
 
 class Sim(Host):
@@ -457,7 +462,7 @@ class Sim(Host):
         ):
             await self.one(running)
         assert self.control.rolling is None, f"a weight update does not end: {self.control.driver.status()}"
-        assert not actor.begun and actor.journal.other_weights is None
+        assert not actor.calls and actor.journal.other_weights is None
         assert not self.open, f"never ended: {list(self.open)}"
         assert not self.failover.requests and not len(self.failover.hold) and not len(self.failover.journal)
         assert len(self.failover.router.groups) == self.failover._groups.active

@@ -43,6 +43,8 @@ class World:
         self.journal = SimpleNamespace(weights="0")
         self.sent: list[tuple[int, Any]] = []
         self.killed: list[tuple[int, int]] = []
+        #: groups have nothing to do, and say so at once
+        self.idle = True
         self.changes = RunTimeChanges(frozenset())
         self.control = ControlRequests(
             self,  # type: ignore[arg-type]
@@ -64,6 +66,9 @@ class World:
             channel.weights = weights
 
     def send(self, channel: Any, message: Any) -> bool:
+        if self.idle and isinstance(message, FlushCacheReqInput):
+            asyncio.get_running_loop().call_soon(self.answer, channel.group, FlushCacheReqOutput(success=True))
+            return True
         self.sent.append((channel.group, message))
         return True
 
@@ -330,6 +335,7 @@ def test_a_group_is_idle_before_it_gets_other_weights() -> None:
         adapter = load()
         w.changes.record(adapter)
         update = rolling(w)
+        w.idle = False
         taken = w.channel(0, up_to_date=False)
         taking = await begin(w.control.take_new_weights(taken))
         assert [type(message) for _, message in w.sent] == [FlushCacheReqInput] and w.sent[0][1].timeout_s
@@ -400,3 +406,12 @@ def test_what_a_group_has_yet_to_answer_is_known() -> None:
         assert not w.control.awaits((1, 1))
 
     play(script, timeout=0.2)
+
+
+def test_a_group_that_a_lost_frontend_was_changing_starts_anew() -> None:
+    async def script(w: World) -> None:
+        w.changes._doubtful.add("here")
+        assert "are not known" in str(await w.control.prepare(w.channel(0, up_to_date=False)))
+        assert await w.control.prepare(w.channel(0, 2, up_to_date=False)) is None
+
+    play(script)

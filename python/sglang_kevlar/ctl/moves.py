@@ -97,16 +97,20 @@ class Moves:
         said, waited_since = "", self._clock()
         # Until nothing has changed for so long: how often it is waited for depends on the number of groups.
         while self._clock() - waited_since < self._grace + self._timeout:
-            now = next(self._looks(0.0), None) or {}
             self._sleep(POLL)
-            update = now.get("weights")
-            if now and update is None:
-                raise Failed("the frontend started anew: groups get the weights as they are taken up; see status")
-            if update is None:
+            try:
+                now = self._server.status()
+            except Unreachable:
                 continue
+            update = now.get("weights")
+            if update is None:
+                raise Failed("the frontend started anew in the middle of it; `status` says which weights groups have")
             if update["state"] == "failed":
                 raise Failed(f"no group has the weights: {update['error']}")
             if update["state"] == "done":
+                for group in now["groups"]:
+                    if group["state"] not in _SERVING:
+                        self._say(f"group {group['id']} is {group['state']}, and gets them before it serves")
                 done: dict[str, Any] = update
                 return done
             doing = f"{update['doing']}; {progress(update)}"

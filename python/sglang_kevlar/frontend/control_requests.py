@@ -163,6 +163,8 @@ class ControlRequests:
         if not channel.remote and self._changes.has_all(channel.group, channel.epoch):
             channel.weights = self._changes.content
             return None  # it served the frontend before this one
+        if self._changes.is_doubtful(channel.place.name):
+            return "its weights were being changed when the frontend was lost, and are not known"
         return await self._bring_up_to_date(channel, [])
 
     async def take_new_weights(self, channel: Channel) -> str | None:
@@ -170,10 +172,6 @@ class ControlRequests:
 
         The group has answered all that it was asked for: see `GroupCommunicator.awaits`.
         """
-        # Upstream ends a scheduler that cannot flush after an update. Here it waits for what is moved to be gone.
-        idle = FlushCacheReqInput(timeout_s=IDLE_TIMEOUT)
-        if (reason := await self._ask(channel, idle)) is not None:
-            return f"it does not get idle: {reason}"
         wanted = self._changes.replay()
         had = [change for change in self._changes.replay(old=True) if any(change is other for other in wanted)]
         return await self._bring_up_to_date(channel, had, new=True)
@@ -204,11 +202,17 @@ class ControlRequests:
             missing = [change for change in wanted if all(change is not other for other in applied)]
             if not missing:
                 channel.weights = rolling.old if old and rolling is not None else self._changes.content
+                if rolling is not None and not old:
+                    self._changes.proven()
                 if not channel.remote and not old:
                     self._changes.set_up_to_date(channel.group, channel.epoch)
                 self._replayed[channel.group, channel.epoch] = applied
                 return None
-            reason = await self._replay(channel, missing[0])
+            reason = await self._idle(channel) if changes_weights(missing[0]) else None
+            if reason is None:
+                if rolling is not None and missing[0] is self._changes.weights:
+                    self._changes.sent_to(channel.place.name)
+                reason = await self._replay(channel, missing[0])
             if self._awaited is not None and self._awaited[0] is missing[0] and not self._awaited[1].done():
                 self._awaited[1].set_result(reason)
             if reason is not None:
@@ -226,6 +230,11 @@ class ControlRequests:
             return None
         reason = await self._ask(channel, change)
         return None if reason is None else f"{name} could not be replayed to it: {reason}"
+
+    async def _idle(self, channel: Channel) -> str | None:
+        """Wait until what was moved or aborted is gone: upstream ends a scheduler that cannot flush after an update."""
+        reason = await self._ask(channel, FlushCacheReqInput(timeout_s=IDLE_TIMEOUT))
+        return None if reason is None else f"it does not get idle: {reason}"
 
     async def _ask(self, channel: Channel, request: Any) -> str | None:
         """Of a group that is not up to date, so that nobody else asks it. Why it did not do it, or None."""
@@ -282,6 +291,11 @@ class ControlRequests:
         for channel in self._failover.channels.values():
             if channel.up_to_date and not channel.remote:
                 self._changes.set_up_to_date(channel.group, channel.epoch)
+
+    def changes_under_way(self) -> bool:
+        """Whether it is open which groups took a change of any kind."""
+        sent = [communicator.under_way for communicator in self._communicators.values()]
+        return self._awaited is not None or any(self._changes.is_change(one) for one in sent if one is not None)
 
     def weights_change(self) -> bool:
         """Whether it is open which groups took a change of the weights."""

@@ -21,12 +21,16 @@ class TextMismatch(Exception):
     """The group that resumed a request made other text of the same tokens: nothing more can be sent exactly."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Call:
     """What is made with the same weights: a request, or all of a batch or of n > 1."""
 
     #: name of the weights, once a request of it was submitted
     weights: str | None = None
+    #: a request of it was given to a group
+    begun: bool = False
+    #: its weights are no longer served: nothing more of it is
+    refused: bool = False
 
 
 class InFlight:
@@ -37,6 +41,7 @@ class InFlight:
     ) -> None:
         self.entry = entry
         self.outcome = outcome
+        self.call: Call | None = None
         self.abort_requested = False
         #: after a redirect: the group that has the shadow of its KV
         self.heir: int | None = None

@@ -72,16 +72,19 @@ class RunTimeChanges:
         self._changes = _Changes()
         #: group -> epoch that has all changes
         self._up_to_date: dict[int, int] = {}
+        #: names of groups that may have taken weights that no frontend knows of
+        self._doubtful: set[str] = set()
         #: a frontend before this one left changes behind
         self.inherited = file is not None and os.path.exists(file)
         if self.inherited:
             with open(file, "rb") as saved:  # type: ignore[arg-type]
-                self._changes, self._up_to_date = pickle.load(saved)
+                self._changes, self._up_to_date, self._doubtful = pickle.load(saved)
         #: `_changes` is `_settled` with the `_recent` ones on top: each request with a name for the weights after it
         self._settled = self._changes
         self._recent: deque[tuple[Any, str]] = deque()
-        #: while an update goes from group to group: what was before it
+        #: while an update goes from group to group: what was before it; and whether no group has taken it yet
         self._old: _Changes | None = None
+        self._unproven = False
 
     @property
     def not_replayable(self) -> str | None:
@@ -105,7 +108,8 @@ class RunTimeChanges:
         if self._file is None:
             return
         with open(f"{self._file}.new", "wb") as out:
-            pickle.dump((self._changes, self._up_to_date), out)
+            changes = self._old if self._unproven and self._old is not None else self._changes
+            pickle.dump((changes, self._up_to_date, self._doubtful), out)
         os.replace(f"{self._file}.new", self._file)
 
     def record(self, request: Any) -> None:
@@ -123,15 +127,39 @@ class RunTimeChanges:
     def begin_rolling(self, request: UpdateWeightFromDiskReqInput) -> None:
         """``request`` goes from group to group; no other change comes until `end_rolling`.
 
-        A frontend that takes over meanwhile gives the new weights to all: it has no requests of the old ones.
+        For a frontend that takes over meanwhile it was never sent, until a group has taken it. After that it gives the
+        new weights to all: it has no requests of the old ones.
         """
         assert self._old is None
-        self._old = self._changes
-        self._up_to_date.clear()
+        self._old, self._unproven = self._changes, True
         self.record(request)
 
+    def sent_to(self, name: str) -> None:
+        """Of the update that goes from group to group, to a group of this name: whatever comes, it may have it."""
+        if self._unproven:
+            self._doubtful.add(name)
+            self._save()
+
+    def is_doubtful(self, name: str) -> bool:
+        """Whether a frontend before this one did not live to see which weights this group has. Asked once."""
+        if self._unproven or name not in self._doubtful:
+            return False
+        self._doubtful.discard(name)
+        self._save()
+        return True
+
+    def proven(self) -> None:
+        """A group has taken the update that goes from group to group; the others do not have it yet."""
+        if self._unproven:
+            self._unproven = False
+            self._up_to_date.clear()
+            self._doubtful.clear()
+            self._save()
+
     def end_rolling(self) -> None:
-        self._old = None
+        self._old, self._unproven = None, False
+        self._doubtful.clear()
+        self._save()
 
     def retract(self, request: Any) -> None:
         """No group did what ``request`` asked for, so none must later. Others, also later ones, stay."""

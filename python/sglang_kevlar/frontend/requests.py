@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
 from collections.abc import Coroutine
 from typing import Any
 
@@ -33,6 +32,8 @@ RETRY_AFTER = 5
 GIVEN_AT_ONCE = 300_000
 REQUEST_COST = 8192
 
+NOT_SERVED = "the weights that it began with are no longer served"
+
 
 class Requests:
     def __init__(self, host: Host, groups: Groups, args: KevlarArgs, incarnation: str, events: FailoverEvents) -> None:
@@ -47,8 +48,8 @@ class Requests:
         self.requests: dict[str, InFlight] = {}
         #: requests in flight that were moved: their answers say so
         self.redirected: set[str] = set()
-        #: calls under way, by the weights that their first request began with
-        self.begun: Counter[str] = Counter()
+        #: calls under way of which a request was submitted
+        self.calls: set[Call] = set()
         self.latency = RollingLatency()
         self._tasks: set[asyncio.Task[None]] = set()
         #: more held requests are about to be given to groups
@@ -87,7 +88,7 @@ class Requests:
         probed = None if pinned_group is None else self.router.groups.get(pinned_group)
         if call is not None and call.weights is None:
             call.weights = self.journal.weights if probed is None else probed.weights
-            self.begun[call.weights] += 1
+            self.calls.add(call)
         entry = self.journal.open(
             message.rid,
             prompt_tokens=len(message.input_ids or ()),
@@ -96,6 +97,7 @@ class Requests:
             weights=None if call is None else call.weights,
         )
         request = InFlight(entry, message, outcome, self._args.journal_interval)
+        request.call = call
         if pinned_group is None:
             request.waits_since = time.monotonic()
         self.requests[entry.rid] = request
@@ -112,9 +114,14 @@ class Requests:
                     self.hold.hold(entry.rid, time.monotonic(), redirected=True)
                     self._pump()
                     return
-        if pinned_group is not None and probed is not None:
+        if call is not None and call.refused:
+            failure = Failure(500, f"request {entry.rid}: {NOT_SERVED}", "weights")
+            asyncio.get_running_loop().call_soon(self._refuse, request, failure)
+        elif pinned_group is not None and probed is not None:
             self._dispatch(request, pinned_group)
-        elif self._served(entry.rid) and not must_wait(self._has_room(entry), self._degraded(entry), self._waiting()):
+        elif self._served(entry.rid) and not must_wait(
+            self._has_room(entry), self._degraded(entry), self._waiting(self._weights(entry))
+        ):
             self._dispatch(request, self._choose(request))
         elif not self.hold.hold(entry.rid, time.monotonic(), redirected=False):
             full = f"request {entry.rid}: the hold queue is full ({self._args.hold_queue} requests)"
@@ -155,11 +162,11 @@ class Requests:
         """Whether there is a group for it."""
         return bool(self.router.having(self._weights(self.requests[rid].entry)))
 
-    def _waiting(self) -> int:
-        """How many are held although there is a group for them."""
+    def _waiting(self, weights: str) -> int:
+        """How many are held before a request of these."""
         if self.journal.other_weights is None:
             return len(self.hold)
-        return int(self.hold.first(self._served) is not None)
+        return int(self.hold.first(lambda rid: self._weights(self.requests[rid].entry) == weights) is not None)
 
     def _degraded(self, entry: Entry) -> bool:
         return len(self.router.having(self._weights(entry))) < self._groups.active
@@ -184,14 +191,23 @@ class Requests:
     def _pump_some(self) -> bool:
         """Whether there are more that can be given to a group."""
         budget = GIVEN_AT_ONCE
+        #: weights of which no group has room
+        full: set[str] = set()
+
+        def can_go(rid: str) -> bool:
+            return self._served(rid) and self._weights(self.requests[rid].entry) not in full
+
         while budget > 0:
-            held = self.hold.first(self._served) if self.router.groups else None
+            held = self.hold.first(can_go) if self.router.groups else None
             if held is None:
                 return False
             request = self.requests[held.rid]
             redirected = request.entry.redirects > 0
             if not redirected and self._degraded(request.entry) and not self._has_room(request.entry):
-                return False
+                if self.journal.other_weights is None:
+                    return False
+                full.add(self._weights(request.entry))
+                continue
             self.hold.remove(held.rid)
             budget -= request.entry.context_tokens + REQUEST_COST
             refusal = self.journal.refusal(request.entry) if redirected else None
@@ -199,7 +215,7 @@ class Requests:
                 self._dispatch(request, self._choose(request, spread=redirected))
             else:
                 self._refuse(request, Failure(500, refusal.message, refusal.kind))
-        return self._waiting() > 0
+        return self.hold.first(can_go) is not None
 
     def _expire(self) -> None:
         for held in self.hold.expired(time.monotonic()):
@@ -209,9 +225,16 @@ class Requests:
         self._pump()
 
     def call_ended(self, call: Call) -> None:
-        if call.weights is not None:
-            self.begun[call.weights] -= 1
-            self.begun += Counter()  # drops what is zero
+        self.calls.discard(call)
+
+    def begin_with(self, weights: str) -> None:
+        """Requests begin with these from now on: also those that are held and have not begun."""
+        for request in self.requests.values():
+            call, entry = request.call, request.entry
+            if entry.attempt is None and not entry.delivered and (call is None or not call.begun):
+                entry.weights = weights
+                if call is not None:
+                    call.weights = weights
 
     # ---- groups --------------------------------------------------------------------------------------------------
 
@@ -228,6 +251,8 @@ class Requests:
     def _dispatch(self, request: InFlight, group: int) -> None:
         entry = request.entry
         channel = self.channels[group]
+        if request.call is not None:
+            request.call.begun = True
         attempt = self.journal.begin_attempt(entry, group, channel.epoch, time.monotonic(), channel.weights)
         self.router.started(group, attempt.reserved_tokens, request.blocks)
         if entry.redirects:

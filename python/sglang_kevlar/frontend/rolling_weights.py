@@ -17,6 +17,7 @@ from sglang_kevlar.frontend.channels import Channel
 from sglang_kevlar.frontend.control_requests import NO_ANSWER, ROLLING, ControlRequests, spoiled
 from sglang_kevlar.frontend.groups import WorkerGroups
 from sglang_kevlar.frontend.replay import RunTimeChanges
+from sglang_kevlar.frontend.requests import NOT_SERVED
 
 if TYPE_CHECKING:
     from sglang_kevlar.frontend.failover import Failover
@@ -64,6 +65,8 @@ class RollingWeights:
         self._deadline = DEFAULT_DEADLINE
         self._began = self._ended = 0.0
         self._doing = ""
+        #: groups that were lost while they loaded weights that none had loaded yet
+        self._lost = 0
         self._failure: str | None = None
 
     @property
@@ -97,8 +100,8 @@ class RollingWeights:
         """
         self.refuse_if_under_way()
         channels = [self._failover.channels[group] for group in self._serving()]
-        if self._control.weights_change():
-            raise HTTPException(409, "another weight update is under way")
+        if self._control.changes_under_way():
+            raise HTTPException(409, "another change of weights or adapters is under way")
         if self._changes.paused:
             raise HTTPException(409, "generation is paused: requests would not end")
         if draining := [group for group in self._groups.ids() if self._groups.is_draining(group)]:
@@ -113,7 +116,7 @@ class RollingWeights:
         self._course = RollingUpdate(old, new, replayable)
         self._request, self._deadline, self._failure = request, deadline, None
         self._versions = {old: version, new: request.weight_version or version}
-        self._began, self._doing = time.monotonic(), ""
+        self._began, self._doing, self._lost = time.monotonic(), "", 0
         self._control.rolling = self
         logger.info("weights of %s, group by group: begins", request.model_path)
         self._failover.spawn(self._run(self._course))
@@ -156,8 +159,11 @@ class RollingWeights:
         progress = time.monotonic()
         while not isinstance(step := course.next(self._serving(), self._old_requests()), Done):
             if isinstance(step, Take):
-                await self._take(course, self._failover.channels[step.group], step.last)
-                progress = time.monotonic()
+                if await self._take(course, self._failover.channels[step.group], step.last):
+                    progress = time.monotonic()
+                elif time.monotonic() - progress > self._timeout and not self._proven(course):
+                    raise _Failed(f"no worker group can be emptied for {self._timeout:g} s")
+                await asyncio.sleep(POLL)
             elif isinstance(step, Switch):
                 self._switch(course)
                 progress = time.monotonic()
@@ -188,16 +194,17 @@ class RollingWeights:
         return {c.group: c.weights for c in sorted(fit, key=lambda c: (load[c.group], c.group))}
 
     def _old_requests(self) -> int:
-        """Calls under way that began with the old weights, and requests that belong to no call."""
-        assert self._course is not None
-        return self._failover.begun[self._course.old] + sum(
-            1 for request in self._failover.requests.values() if request.entry.weights == self._course.old
-        )
+        """Requests under way with the old weights, and calls of which more may come."""
+        old = self.old
+        requests = [request for request in self._failover.requests.values() if request.entry.weights == old]
+        calls = {call for call in self._failover.calls if call.weights == old and not call.refused}
+        return len(requests) + len(calls - {request.call for request in requests})
 
     def _switch(self, course: RollingUpdate) -> None:
         course.switched = True
         journal = self._failover.journal
         journal.weights, journal.other_weights = course.new, course.old
+        self._failover.begin_with(course.new)
         logger.info("weights of %s, group by group: requests begin with them from now on", self._request.model_path)
         self._switched(self._request)
         self._failover.route()
@@ -216,8 +223,8 @@ class RollingWeights:
 
     # ---- a group -------------------------------------------------------------------------------------------------
 
-    async def _take(self, course: RollingUpdate, channel: Channel, last: bool) -> None:
-        """Empty it, and give it the new weights; it may be lost meanwhile, or be needed where it is."""
+    async def _take(self, course: RollingUpdate, channel: Channel, last: bool) -> bool:
+        """Empty it, and give it the new weights. False: it was lost meanwhile, or is needed where it is."""
         self._doing = f"worker group {channel.group}: its requests end" + ("" if last else " or move")
         # The last one with the old weights goes on taking requests that need them: the rest of a batch, say.
         channel.taken = not last
@@ -225,14 +232,18 @@ class RollingWeights:
         if not await self._emptied(course, channel, last):
             channel.taken = False
             self._failover.route()
-            return
+            return False
         self._doing = f"worker group {channel.group}: loads the weights"
         channel.up_to_date = channel.taken = False
         self._failover.set_weights([channel], "")
         self._failover.route()
         reason = await self._control.take_new_weights(channel)
-        if channel.closed:
-            return
+        if channel.closed or channel.given_up:
+            self._lost += 1
+            # Once may be chance.
+            if self._lost > 1 and not self._proven(course):
+                raise _Failed(f"{self._lost} worker groups were lost while they loaded them")
+            return False
         course.proven |= reason is None
         if reason is None:
             pass
@@ -246,6 +257,7 @@ class RollingWeights:
         self._failover.route()
         if reason is not None and not course.proven:
             raise _Failed(f"worker group {channel.group}: {reason}")
+        return reason is None
 
     async def _emptied(self, course: RollingUpdate, channel: Channel, last: bool) -> bool:
         """False: it was lost, or is the only one left that serves the old weights."""
@@ -258,6 +270,10 @@ class RollingWeights:
             left = self._failover.journal.running_on(*member)
             if not left and not (last and self._old_requests()) and not self._control.awaits(member):
                 return True
+            if not last and time.monotonic() - tried > RETRY:
+                await self._failover.move_away(channel.group, "emptied for a weight update")
+                tried = time.monotonic()
+                continue
             if time.monotonic() > deadline + REFUSED:
                 stuck = "it does not get empty for a weight update"
                 if not self._proven(course):
@@ -266,9 +282,6 @@ class RollingWeights:
                 return False
             if time.monotonic() > deadline:
                 await self._refuse(None if last else member)
-            elif not last and time.monotonic() - tried > RETRY:
-                await self._failover.move_away(channel.group, "emptied for a weight update")
-                tried = time.monotonic()
             await asyncio.sleep(POLL)
         return False
 
@@ -284,9 +297,13 @@ class RollingWeights:
     async def _refuse(self, member: tuple[int, int] | None) -> None:
         """``member``: those on this group only."""
         old = self.old
+        if member is None:
+            for call in self._failover.calls:
+                call.refused |= call.weights == old
 
         def cannot_end(entry: Entry) -> bool:
             here = None if entry.attempt is None else (entry.attempt.group, entry.attempt.epoch)
             return entry.weights == old and member in (None, here)
 
-        await self._failover.refuse_running(cannot_end, "the weights that it began with are no longer served")
+        why = NOT_SERVED if member is None else "it cannot be moved, and its worker group gets other weights"
+        await self._failover.refuse_running(cannot_end, why)

@@ -458,7 +458,10 @@ def _not_while_rolling(name: str) -> None:
 for _name in (
     "begin_weight_update",
     "end_weight_update",
+    "load_lora_adapter",
+    "load_lora_adapter_from_tensors",
     "pause_generation",
+    "unload_lora_adapter",
     "update_weights_from_disk",
     "update_weights_from_distributed",
     "update_weights_from_ipc",

@@ -244,6 +244,9 @@ _FRONTEND_SEAMS = (
         # Refused while weights go from group to group.
         begin_weight_update="obj request",
         end_weight_update="obj request",
+        load_lora_adapter="obj _",
+        load_lora_adapter_from_tensors="obj _",
+        unload_lora_adapter="obj _",
         pause_generation="obj",
         update_weights_from_disk="obj request",
         update_weights_from_distributed="obj request",
