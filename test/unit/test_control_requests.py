@@ -411,6 +411,7 @@ def test_what_a_group_has_yet_to_answer_is_known() -> None:
 def test_a_group_that_a_lost_frontend_was_changing_starts_anew() -> None:
     async def script(w: World) -> None:
         w.changes._doubtful.add("here")
+        w.changes.set_up_to_date(0, 1)
         assert "are not known" in str(await w.control.prepare(w.channel(0, up_to_date=False)))
         assert await w.control.prepare(w.channel(0, 2, up_to_date=False)) is None
 

@@ -159,12 +159,12 @@ class ControlRequests:
 
     async def prepare(self, channel: Channel) -> str | None:
         """Replay changes to a group that starts, one by one, also those that come meanwhile. See Host."""
+        if self._changes.is_doubtful(channel.place.name):
+            return "its weights were being changed when the frontend was lost, and are not known"
         # Of a group on another host the frontend before this one had another count.
         if not channel.remote and self._changes.has_all(channel.group, channel.epoch):
             channel.weights = self._changes.content
             return None  # it served the frontend before this one
-        if self._changes.is_doubtful(channel.place.name):
-            return "its weights were being changed when the frontend was lost, and are not known"
         return await self._bring_up_to_date(channel, [])
 
     async def take_new_weights(self, channel: Channel) -> str | None:
