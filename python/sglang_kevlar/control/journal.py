@@ -146,14 +146,14 @@ class Journal:
         """The request goes to ``(group, epoch)``, which has ``weights``. It must not be anywhere else."""
         assert self._entries.get(entry.rid) is entry, f"request {entry.rid} is not open"
         assert entry.attempt is None, f"request {entry.rid} already runs on group {entry.attempt}"
+        has = self.weights if weights is None else weights
+        assert not entry.delivered or entry.weights == has, f"request {entry.rid} continues with other weights"
         self._next_attempt += 1
         # Terminated: upstream aborts by prefix, and attempt 1 must not take attempt 12 with it.
         end = MOVED if entry.redirects else ";"
         wire_rid = f"{entry.rid}{WIRE_SEPARATOR}{self._incarnation}.{self._next_attempt}{end}"
         entry.started = False
         entry.attempt = Attempt(wire_rid, group, epoch, entry.reserved_tokens, now)
-        has = self.weights if weights is None else weights
-        assert not entry.delivered or entry.weights == has, f"request {entry.rid} continues with other weights"
         entry.weights = has
         self._by_wire[wire_rid] = entry
         return entry.attempt
