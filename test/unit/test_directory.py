@@ -132,9 +132,9 @@ def test_it_is_taken_up_once_and_is_not_there_for_ever() -> None:
     one.started("r", K, found.lineage)
     one.check()
     assert not one.may_be_taken_up(found) and find(one) == Here("r")
-    one.expire(109.0, 60.0)
+    one.expire(49.0)
     assert isinstance(find(one, identity=(P, "key-s")), TakeUp)
-    one.expire(110.0, 60.0)
+    one.expire(50.0)
     assert find(one, identity=(P, "key-s")) == Nowhere()
 
 
@@ -144,9 +144,9 @@ def test_a_frontend_that_comes_back_in_between_has_its_time_anew() -> None:
     one.lost("a", 0.0)
     joined(one, "a", opened("r"), now=5.0)
     one.lost("a", 50.0)
-    one.expire(60.0, 60.0)
+    one.expire(0.0)
     assert isinstance(find(one, now=100.0), TakeUp)
-    one.expire(110.0, 60.0)
+    one.expire(50.0)
     assert find(one, now=120.0) == Nowhere()
 
 

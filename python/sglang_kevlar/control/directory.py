@@ -251,10 +251,10 @@ class Directory:
             if not source.records:
                 del self._lost[source.incarnation]
 
-    def expire(self, now: float, retention: float) -> None:
-        """What was lost with frontends so long ago is asked for no more."""
+    def expire(self, until: float) -> None:
+        """What was lost with frontends until then is asked for no more."""
         for source in list(self._lost.values()):
-            if now >= source.lost_at + retention:
+            if source.lost_at <= until:
                 del self._lost[source.incarnation]
 
     def make_room(self, limit: int) -> None:

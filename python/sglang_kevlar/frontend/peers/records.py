@@ -154,10 +154,12 @@ class PeerRecords:
         self._leaving.pop(name).set_result(None)
         self._replication.left(name)
         self._wake()
-        taken = self.directory.lost(name, time.monotonic())
+        now = time.monotonic()
+        taken = self.directory.lost(name, now)
         if self._closed:
             return
-        asyncio.get_running_loop().call_later(self._retention, self._expire)
+        # By the moment of the loss, not by the clock again: uvloop counts in whole milliseconds, and calls too early.
+        asyncio.get_running_loop().call_later(self._retention, self.directory.expire, now)
         if taken:
             logger.warning("frontend %s is lost: going on with %d requests of its clients", name, len(taken))
         self.take_up(taken)
@@ -193,9 +195,6 @@ class PeerRecords:
             if messages := self._outboxes.get(name):
                 self._outboxes[name] = []
                 self.links.send(name, messages)
-
-    def _expire(self) -> None:
-        self.directory.expire(time.monotonic(), self._retention)
 
 
 class RunRecord:
