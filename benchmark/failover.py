@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measure what clients notice when a worker group dies: see README.md beside this file.
 
-    python benchmark/failover.py [--quick] [--model DIR]
+    python benchmark/failover.py [--quick] [--model DIR] [-- FLAGS of the server]
 
 Starts a server with two worker groups, kills one of them again and again under load, and prints Markdown tables.
 """
@@ -314,6 +314,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--port", type=int, default=30500, help="below net.ipv4.ip_local_port_range")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="two kills each, 8 streams: whether it works, no figures")
+    parser.add_argument("flags", nargs="*", help="for the server; behind --")
     args = parser.parse_args()
     if args.quick:
         args.kills, args.probe_kills, args.streams = 2, 2, 8
@@ -326,7 +327,7 @@ def main() -> None:
     machine = report.machine()
     args.model = args.model or make_model()
     # The first delay of the default back-off for every restart: the kills here come faster than any real ones.
-    flags = ["--restart-backoff", "0.5", "--restart-backoff-max", "0.5"]
+    flags = ["--restart-backoff", "0.5", "--restart-backoff-max", "0.5", *args.flags]
     rounds: list[dict[str, Any]] = []
     try:
         with tempfile.TemporaryDirectory(prefix="kevlar-bench-") as directory:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measure how long a group of two ranks is gone when one of them dies: see README.md beside this file.
 
-    python benchmark/recovery.py [--rounds N] [--kills N] [--model DIR]
+    python benchmark/recovery.py [--rounds N] [--kills N] [--model DIR] [-- FLAGS of the servers]
 
 Four ways back, in turn: SGLang itself, started again at once; and a server of ours with that one group, which is
 started again whole, formed again around the rank that lives, or that with a spare in the dead rank's place.
@@ -100,7 +100,7 @@ class Bench:
         log = self._directory / f"{number}-{way}.log".replace(" ", "-")
         # As for a first death: not the back-off between restarts of a group that dies every 10 s.
         pause = () if way == STOCK else ("--restart-backoff-max", "0.5")
-        flags = ("--tp-size", "2", *pause, *WAYS[way])
+        flags = ("--tp-size", "2", *pause, *self._args.flags, *WAYS[way])
         return Server(self._args.model, self._args.port, log, *flags, groups=1, stock=way == STOCK)
 
     def _upstream(self, way: str, number: int) -> None:
@@ -178,6 +178,7 @@ def main() -> None:
     parser.add_argument("--cold-kills", type=int, default=2, help="in a round, of upstream's server")
     parser.add_argument("--port", type=int, default=31900)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("flags", nargs="*", help="for all servers, upstream's too; behind --")
     args = parser.parse_args()
     exit_on_sigterm()
     args.model = args.model or make_model()

@@ -1,6 +1,6 @@
 """Two processes with upstream's groups; one is killed while the other waits for it, which then meets a new one.
 
-The same on a CPU (gloo) and on two GPUs (NCCL: torch's group, upstream's PyNCCL, and that in a captured graph).
+The same on a CPU (gloo) and on GPUs (NCCL: torch's group, upstream's PyNCCL, and that in a captured graph).
 """
 
 from __future__ import annotations
@@ -38,9 +38,10 @@ class Sums:
     def __init__(self, rank: int, port: int, backend: str) -> None:
         self.rank, self.backend = rank, backend
         meeting = f"tcp://127.0.0.1:{port}"
-        parallel_state.init_distributed_environment(2, rank, meeting, rank, backend)
+        device = torch.cuda.current_device() if backend == "nccl" else rank
+        parallel_state.init_distributed_environment(2, rank, meeting, device, backend)
         parallel_state._TP = self.group = parallel_state.init_model_parallel_group(
-            [[0, 1]], rank, backend, use_custom_allreduce=False, group_name="tp"
+            [[0, 1]], device, backend, use_custom_allreduce=False, group_name="tp"
         )
         self.graph: Any = None
         if backend == "nccl":
@@ -74,7 +75,7 @@ def member(rank: int, backend: str, on_device: bool, pipe: Any) -> None:
             raise Left
 
     if backend == "nccl":
-        torch.cuda.set_device(rank)
+        torch.cuda.set_device(rank % torch.cuda.device_count())
     elif on_device:
         communicators.uses_device = lambda: True
     signal.signal(LEAVE, leave)

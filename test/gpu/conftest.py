@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 
 import pytest
+from on_devices import ENVIRONMENT
 
 HERE = Path(__file__).parent
 
@@ -31,5 +33,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     marker = item.get_closest_marker("gpu")
+    os.environ.update(ENVIRONMENT)
     if marker is not None and (reason := missing(*marker.args)) is not None:
         pytest.skip(reason)
+
+
+@pytest.fixture
+def two_ranks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Flags of a group of two ranks: on two devices, or on the only one. There NCCL takes them for two hosts, so that
+    its kernels wait for each other as ever, and what they say goes through sockets."""
+    import torch
+
+    if torch.cuda.device_count() > 1:
+        return ["--tp-size", "2"]
+    paths = [str(HERE / "as_two_hosts"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+    monkeypatch.setenv("NCCL_NET", "Socket")
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "lo")
+    return ["--tp-size", "2", "--gpu-id-step", "0"]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 
-@pytest.mark.gpu(2)
+@pytest.mark.gpu(1)
+@pytest.mark.usefixtures("two_ranks")
 def test_a_rank_on_a_device_outlives_its_peer() -> None:
     from dead_peer import lose_peers
 

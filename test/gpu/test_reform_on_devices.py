@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 from losing_ranks import MANY, World
+from on_devices import KERNELS, POOL
 from server import Server
 
-#: float32 has these alone. Whatever waits on a device for another rank past NCCL has to be off (docs/limits.md).
-FLAGS = ["--attention-backend", "triton", "--sampling-backend", "pytorch", "--mem-fraction-static", "0.3"]
-FLAGS += ["--reform", "on", "--disable-custom-all-reduce", "--enforce-disable-flashinfer-allreduce-fusion", *MANY]
+#: Whatever waits on a device for another rank past NCCL has to be off (docs/limits.md).
+FLAGS = [*KERNELS, "--disable-custom-all-reduce", "--enforce-disable-flashinfer-allreduce-fusion", *MANY]
 #: MiB that may be in use on a device more after many re-forms than after the first
 GROWTH = 64
 _CAPTURE = "Capture target decode "
@@ -24,7 +24,7 @@ _CAPTURE = "Capture target decode "
 
 @contextmanager
 def serving(models: Path, log: Path, *flags: str) -> Iterator[World]:
-    server = Server(models / "llama-f32", log, *FLAGS, *flags, groups=1)
+    server = Server(models / "llama-f32", log, *FLAGS, *POOL, "--reform", "on", *flags, groups=1)
     try:
         server.wait_ready()
         yield World(server)
@@ -38,11 +38,11 @@ def used(device: int = 0) -> int:
     return int(subprocess.run(query, check=True, capture_output=True, text=True, timeout=60).stdout)
 
 
-@pytest.mark.gpu(2)
+@pytest.mark.gpu(1)
 @pytest.mark.timeout(1800)
-def test_the_other_rank_lives_on_over_nccl(models: Path, tmp_path: Path) -> None:
+def test_the_other_rank_lives_on_over_nccl(models: Path, tmp_path: Path, two_ranks: list[str]) -> None:
     """Also while it waits for the dead one in a captured graph, which is where it mostly is under load."""
-    with serving(models, tmp_path / "log", "--tp-size", "2") as world:
+    with serving(models, tmp_path / "log", *two_ranks) as world:
         for rank, after in ((1, 0.3), (0, 0.3), (1, 0.1), (0, 0.5)):
             world.lose(0, [rank], after)
         log = (tmp_path / "log").read_text()
@@ -79,8 +79,9 @@ def test_a_rank_that_is_bound_again_captures_its_graphs_again_and_gives_its_memo
 def test_weights_that_are_kept_do_not_make_the_pool_larger(models: Path, tmp_path: Path) -> None:
     """They are on the device before the free memory is measured of which the pool gets its share."""
     sizes = {}
+    share = ["--mem-fraction-static", "0.3"]
     for reform in ("off", "on"):
-        server = Server(models / "llama-f32", tmp_path / reform, *FLAGS, "--reform", reform, groups=1)
+        server = Server(models / "llama-f32", tmp_path / reform, *FLAGS, *share, "--reform", reform, groups=1)
         try:
             server.wait_ready()
             sizes[reform] = server.get("/server_info").json()["internal_states"][0]["memory_usage"]["token_capacity"]

@@ -17,6 +17,7 @@ if __name__ == "__main__":
     die_with_parent()
 
 import argparse
+import contextlib
 import gc
 import importlib
 import json
@@ -32,23 +33,34 @@ from sglang_kevlar.protocol.launch import LaunchPlan, Paths
 #: a message and the descriptors with it
 MESSAGE_LIMIT = 1 << 16
 DESCRIPTORS = 3
-#: what OMP_NUM_THREADS is for the members, "" when it is not set. Here it is 1: a pool of threads does not survive a
-#: fork, and torch makes one when it is imported
+#: what OMP_NUM_THREADS is for the members, "" when it is not set
 OMP_ENV = "SGLANG_KEVLAR_OMP_NUM_THREADS"
+#: No thread survives a fork. torch makes a pool when it is imported, and so does the allocator in Arrow, which
+#: Transformers imports where it is installed.
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
 #: modules whose ``main`` a member may run
 MEMBERS = ("sglang_kevlar.worker.rank", "sglang_kevlar.worker.detokenizer")
 
 
 def why_not_forkable() -> str | None:
     """What of this process would not be whole in a fork of it."""
-    if len(threads := os.listdir("/proc/self/task")) > 1:
-        return f"the imports have started {len(threads) - 1} threads"
-    with open(f"/proc/self/task/{threads[0]}/children") as file:
+    if threads := _other_threads():
+        return f"the imports have started {len(threads)} threads: {', '.join(threads)}"
+    with open(f"/proc/self/task/{os.getpid()}/children") as file:
         if children := file.read().split():
             return f"the imports have started {len(children)} processes"
     if driver := [name for name in _open_files() if name.startswith(("/dev/nvidia-uvm", "/dev/kfd"))]:
         return f"the imports have initialised the GPU driver ({driver[0]} is open)"
     return None
+
+
+def _other_threads() -> list[str]:
+    names = []
+    for thread in os.listdir("/proc/self/task"):
+        if int(thread) != os.getpid():
+            with contextlib.suppress(FileNotFoundError), open(f"/proc/self/task/{thread}/comm") as file:
+                names.append(file.read().strip())
+    return sorted(names)
 
 
 def _open_files() -> list[str]:
@@ -164,10 +176,13 @@ def main() -> None:
     with open(Paths(args.run_dir).plan, "rb") as file:
         plan = msgspec.json.decode(file.read(), type=LaunchPlan)
 
-    from sglang_kevlar.worker.bootstrap import import_upstream
+    from sglang_kevlar.worker import device_answers
 
-    import_upstream(plan)
-    _import_the_rest()
+    with device_answers.from_a_child():
+        from sglang_kevlar.worker.bootstrap import import_upstream
+
+        import_upstream(plan)
+        _import_the_rest()
     serve(channel)
 
 

@@ -1,0 +1,64 @@
+"""Two groups on one device: what `test/e2e/test_shadow.py` and `test_live_weights.py` do on CPUs, by the same code."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import test_live_weights
+from on_devices import KERNELS, POOL
+from server import Server
+from test_shadow import RECOMPUTED, assert_same, flush, request, run_all, run_through_a_kill, tokens, wait_linked
+
+FLAGS = [*KERNELS, *POOL, "--gpu-id-step", "0", "--chunked-prefill-size", "1024"]
+FLAGS += ["--restart-backoff", "0.1", "--max-redirects", "50"]
+
+
+@pytest.fixture(scope="module")
+def server(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(models / "llama-f32", tmp_path_factory.mktemp("devices") / "log", *FLAGS)
+    server.tp_size = 1
+    server.hidden_size = json.loads((models / "llama-f32" / "config.json").read_text())["hidden_size"]
+    try:
+        wait_linked(server)
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.mark.gpu(1)
+@pytest.mark.timeout(600)
+def test_little_is_recomputed_and_nothing_changes(server: Server) -> None:
+    """What is copied from a device's pool beside the forward passes goes into another pool, and is what was there."""
+    cases = [request(tokens(length, seed), 1000) for length in (512, 2048, 8192) for seed in (length, length + 1)]
+    expected = run_all(server, cases)
+    moved = []
+    for _ in range(4):
+        wait_linked(server)
+        flush(server)
+        answers = run_through_a_kill(server, cases, generated=300)
+        assert_same(expected, answers)
+        moved += [answer for answer in answers if answer.redirects]
+    assert len(moved) >= 4
+    recomputed = sorted(answer.recomputed for answer in moved)
+    print("recomputed tokens of redirected requests:", recomputed)
+    assert recomputed[0] > 0
+    assert sum(count > RECOMPUTED for count in recomputed) <= max(1, 0.05 * len(recomputed)), recomputed
+
+
+@pytest.mark.gpu(1)
+@pytest.mark.timeout(600)
+def test_weights_come_from_a_live_group(server: Server) -> None:
+    wait_linked(server)
+    test_live_weights.test_a_restarted_group_serves_what_only_live_processes_received(server)
+
+
+@pytest.mark.gpu(1)
+@pytest.mark.timeout(600)
+def test_weights_go_from_group_to_group(server: Server, other_weights: Path) -> None:
+    wait_linked(server)
+    test_live_weights.roll(server, other_weights, "other")
+    server.wait(lambda status: status["weights"]["state"] == "done", "the update", 90)
+    assert [group["weight_version"] for group in server.status()["groups"]] == ["other", "other"]
