@@ -7,12 +7,40 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 sys.path.insert(0, str(REPOSITORY / "test" / "e2e"))
 sys.path.insert(0, str(REPOSITORY / "test"))
+
+
+#: What fills the machine with processes, or is about time: one test after the other, when all else is through.
+ALONE = ("net", "clients", "browser", "e2e", "gpu")
+#: engines in one process, without deadlines
+BESIDE = ("test_mla.py", "test_resume_exact.py")
+
+
+def alone(nodeid: str) -> bool:
+    _, directory, *rest = nodeid.split("::")[0].split("/")
+    return directory in ALONE and rest[-1] not in BESIDE
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: alone(item.nodeid))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With ``-n``: a file is one worker's, and all that is to be alone is that of one of them."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "alone" if alone(nodeid) else nodeid.split("::")[0]
+
+    return Scheduling(config, log)
 
 
 def pytest_collection_finish() -> None:

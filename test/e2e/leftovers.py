@@ -25,7 +25,7 @@ class Leftovers:
 
     def check_end(self, server: Server, how: signal.Signals) -> None:
         """End it with a request in flight, and just after a rank was killed, which cannot clean up itself."""
-        case = native("left", sampling={"max_new_tokens": 80})
+        case = native("left", sampling={"max_new_tokens": 400})
         server.wait_ready(1)
         failovers = len(server.status()["failovers"])
         with ThreadPoolExecutor(1) as pool:

@@ -161,7 +161,7 @@ def test_weights_go_from_group_to_group(server: Server, models: Path, other_weig
     """Under load: each answer is of one version, whole, and says which; also one that is made in several parts."""
     server.wait_ready()
     cases = [
-        *(native(f"stream {i}", prompt=f"def f{i}(x):", sampling={"max_new_tokens": 150}) for i in range(3)),
+        *(native(f"stream {i}", prompt=f"def f{i}(x):", sampling={"max_new_tokens": 300}) for i in range(3)),
         native("several", prompt="class A:", sampling={"max_new_tokens": 60, "n": 3}),
     ]
 
