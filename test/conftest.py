@@ -17,14 +17,14 @@ sys.path.insert(0, str(REPOSITORY / "test"))
 
 
 #: What fills the machine with processes, or is about time: one test after the other, when all else is through.
-ALONE = ("net", "clients", "browser", "e2e", "gpu")
-#: engines in one process, without deadlines
-BESIDE = ("test_mla.py", "test_resume_exact.py")
+ALONE = {"net", "clients", "browser", "e2e", "gpu"}
+#: each an engine and no deadlines
+BESIDE = {"test_mla.py", "test_resume_exact.py"}
 
 
 def alone(nodeid: str) -> bool:
-    _, directory, *rest = nodeid.split("::")[0].split("/")
-    return directory in ALONE and rest[-1] not in BESIDE
+    *directories, file = nodeid.split("::")[0].split("/")
+    return not ALONE.isdisjoint(directories) and file not in BESIDE
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -40,6 +40,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         def _split_scope(self, nodeid: str) -> str:
             return "alone" if alone(nodeid) else nodeid.split("::")[0]
 
+    config.option.loadscopereorder = False  # or what is most came first
     return Scheduling(config, log)
 
 
