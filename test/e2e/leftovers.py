@@ -51,8 +51,20 @@ class Leftovers:
     def _left(self, pids: list[int], launch_id: str) -> list[object]:
         alive: list[object] = [pid for pid in pids if _cmdline(pid)]
         new = set(os.listdir("/dev/shm")) - self._before
-        shared = [name for name in new if launch_id in name or name.startswith("sem.")]
+        shared = [name for name in new if launch_id in name]
+        # Of these not all have names of ours; those of others are in use.
+        shared += [name for name in new - _mapped() if name.startswith("sem.")]
         return [*alive, *glob.glob(f"{self._run_dir}*"), *shared]
+
+
+def _mapped() -> set[str]:
+    """Names in /dev/shm that some process uses."""
+    names = set()
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):
+            lines = maps.read_text(errors="replace").splitlines()
+            names.update(line.rpartition("/dev/shm/")[2].split()[0] for line in lines if "/dev/shm/" in line)
+    return names
 
 
 def _cmdline(pid: int) -> bytes:
