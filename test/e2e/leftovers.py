@@ -53,18 +53,22 @@ class Leftovers:
         new = set(os.listdir("/dev/shm")) - self._before
         shared = [name for name in new if launch_id in name]
         # Of these not all have names of ours; those of others are in use.
-        shared += [name for name in new - _mapped() if name.startswith("sem.")]
+        semaphores, used = [name for name in new if name.startswith("sem.")], _mapped_inodes()
+        for name in semaphores:
+            with contextlib.suppress(FileNotFoundError):
+                if os.stat(f"/dev/shm/{name}").st_ino not in used:
+                    shared.append(name)
         return [*alive, *glob.glob(f"{self._run_dir}*"), *shared]
 
 
-def _mapped() -> set[str]:
-    """Names in /dev/shm that some process uses."""
-    names = set()
+def _mapped_inodes() -> set[int]:
+    """Of /dev/shm, by any process. A semaphore is mapped under the name that it had before it was complete."""
+    inodes = set()
     for maps in Path("/proc").glob("[0-9]*/maps"):
         with contextlib.suppress(OSError):
             lines = maps.read_text(errors="replace").splitlines()
-            names.update(line.rpartition("/dev/shm/")[2].split()[0] for line in lines if "/dev/shm/" in line)
-    return names
+            inodes.update(int(line.split()[4]) for line in lines if "/dev/shm/" in line)
+    return inodes
 
 
 def _cmdline(pid: int) -> bytes:
