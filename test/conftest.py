@@ -17,7 +17,7 @@ sys.path.insert(0, str(REPOSITORY / "test"))
 
 
 #: What fills the machine with processes, or is about time: one test after the other, when all else is through.
-ALONE = {"net", "clients", "browser", "e2e", "gpu"}
+ALONE = {"net", "conformance", "clients", "browser", "e2e", "gpu"}
 #: each an engine and no deadlines
 BESIDE = {"test_mla.py", "test_resume_exact.py"}
 
