@@ -160,7 +160,7 @@ def main() -> None:
     parser.add_argument("--run-dir", required=True)
     parser.add_argument("--channel-fd", type=int, required=True)
     args = parser.parse_args()
-    gc.disable()  # nothing that is imported is garbage, and to look at all of it is a fifth of the time imports take
+    gc.disable()  # nothing that is imported is garbage, and to look at all of it is a third of the time imports take
     channel = socket.socket(fileno=args.channel_fd)
     channel.set_inheritable(False)
     with open(Paths(args.run_dir).plan, "rb") as file:
