@@ -21,6 +21,8 @@ import httpx
 from net.hosts import Host
 
 START_TIMEOUT = 300.0
+#: Tests kill far more often than the default, up to 30 s of wait after repeated deaths, is made for.
+RESTART = ("--restart-backoff-max", "2")
 
 
 def free_port() -> int:
@@ -54,6 +56,8 @@ class Server:
         command = [sys.executable, "-m", "sglang_kevlar.launch_server", "--model-path", str(model)]
         command += ["--port", str(self.port), "--worker-groups", str(groups), "--random-seed", "7"]
         command += ["--dtype", "float32", *flags]
+        if not any(flag.startswith("--restart-backoff") for flag in flags):
+            command += RESTART
         self._output = log.open("wb")
         self.process = (subprocess.Popen if host is None else host.popen)(
             command,

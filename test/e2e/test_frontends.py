@@ -40,6 +40,8 @@ FLAGS = (
     "qwen25",
     "--restart-backoff",
     "0.1",
+    "--restart-backoff-max",
+    "1",
     "--poison-deaths",
     "5",
 )
@@ -177,7 +179,8 @@ def test_a_stream_goes_on_at_the_other_frontend(whole: Cluster) -> None:
 def test_every_feature_through_the_death_of_its_frontend(whole: Cluster, balancer: Balancer) -> None:
     balancer.wait({"a": "UP", "b": "UP"})
     cases = [case for case in catalogue(balancer.url, seeded=True) if continued(case)]
-    expected = [case.run(balancer.url) for case in cases]
+    with ThreadPoolExecutor(8) as pool:
+        expected = list(pool.map(lambda case: case.run(balancer.url), cases))
     chance = random.Random(1)
 
     def kill() -> None:
@@ -211,7 +214,7 @@ def run(case: Case, url: str) -> Answer:
 
 @pytest.mark.timeout(500)
 def test_frontends_and_groups_that_die_together(whole: Cluster, balancer: Balancer) -> None:
-    die(whole, balancer, streams=24, rounds=3, seed=7, groups_too=lambda number: True)
+    die(whole, balancer, streams=24, rounds=2, seed=7, groups_too=lambda number: True)
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from sglang_kevlar.client import ResumingTransport
 
 FLAGS = (
     "--stream-retention",
-    "10",
+    "5",
     "--enable-metrics",
     "--chunked-prefill-size",
     "256",

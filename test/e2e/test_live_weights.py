@@ -27,7 +27,8 @@ CASE = native("greedy", stream=False, return_logprob=True, top_logprobs_num=3, s
 @pytest.fixture(scope="module", params=[1, pytest.param(2, marks=pytest.mark.slow)], ids=["tp1", "tp2"])
 def server(request: pytest.FixtureRequest, models: Path, tmp_path_factory: pytest.TempPathFactory):
     log = tmp_path_factory.mktemp("weights") / "log"
-    server = Server(models / "llama-f32", log, "--tp-size", str(request.param), "--restart-backoff", "0.1")
+    flags = ("--tp-size", str(request.param), "--restart-backoff", "0.1", "--restart-backoff-max", "1")
+    server = Server(models / "llama-f32", log, *flags)
     server.tp_size = request.param
     server.hidden_size = json.loads((models / "llama-f32" / "config.json").read_text())["hidden_size"]
     try:

@@ -362,6 +362,7 @@ def test_the_last_tokens_are_decoded_again_in_low_precision(models: Path, tmp_pa
         server.stop()
 
 
+@pytest.mark.slow  # that little is computed again, and exactly, says the same less directly
 @pytest.mark.timeout(600)
 def test_a_poisoned_shadow_changes_what_comes_after_it(models: Path, tmp_path: Path) -> None:
     """That the shadow is what a redirected request goes on from: with other bytes in it the answer is another."""

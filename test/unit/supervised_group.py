@@ -18,7 +18,8 @@ import zmq
 from sglang_kevlar.protocol.group import GroupReport, KillGroup
 from sglang_kevlar.protocol.launch import KevlarArgs, LaunchPlan, Paths
 
-LAUNCH_ID = "00aa11bb"
+#: of this process: others may run such tests at the same time
+LAUNCH_ID = f"{os.getpid():07x}b"
 
 #: a member: leaves what real ones leave, then does what the test's file for it says
 MEMBER = """

@@ -93,7 +93,7 @@ HARMS = {
 def test_whatever_happens_to_a_parcel_the_link_recovers_and_no_wrong_byte_is_found(world, monkeypatch, harm, after):
     if harm == "other bytes" and world.transport_name == "tcp":
         pytest.skip("they come along with it: see below")
-    monkeypatch.setattr(sender_module, "SILENCE", 0.3)
+    monkeypatch.setattr(sender_module, "SILENCE", 1.0)
     store = world.store()
     proxy = world.proxy(store)
     source = world.source().to(proxy).linked()

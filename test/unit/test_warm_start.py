@@ -65,6 +65,13 @@ def test_every_epoch_is_forked_of_one_template_and_belongs_to_the_supervisor(gro
     assert len(templates(group)) == 1
 
 
+def test_members_collect_garbage_though_their_template_did_not(group: Group) -> None:
+    group.behave("template", "import gc; gc.disable()")
+    group.behave("rank0.load", "import gc; assert gc.isenabled() and gc.get_freeze_count()")
+    group.start()
+    assert is_warm(group.ready())
+
+
 def test_template_and_members_die_with_the_supervisor(group: Group) -> None:
     group.start()
     group.ready()

@@ -13,6 +13,7 @@ if __name__ == "__main__":
 
 import argparse
 import asyncio
+import gc
 import logging
 import secrets
 import signal
@@ -38,6 +39,8 @@ async def serve(plan: LaunchPlan, paths: Paths, status: StatusWriter) -> None:
     """Until SIGTERM. Raises Refused, or what went wrong."""
     from sglang_kevlar.cluster.shared_group import SharedGroup
 
+    gc.freeze()  # nothing of this is garbage: to look at all of it takes longer than some leases
+    gc.enable()
     loop = asyncio.get_running_loop()
     ending = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -68,6 +71,7 @@ def main() -> None:
     parser.add_argument("--run-dir", required=True)
     parser.add_argument("--status-fd", type=int, required=True)
     args = parser.parse_args()
+    gc.disable()  # until all is imported: see `serve`
     paths, status = Paths(args.run_dir), StatusWriter(args.status_fd)
     with open(paths.plan, "rb") as file:
         plan = msgspec.json.decode(file.read(), type=LaunchPlan)

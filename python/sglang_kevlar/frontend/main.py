@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--run-dir", required=True)
     parser.add_argument("--status-fd", type=int, required=True)
     args = parser.parse_args()
+    gc.disable()  # until all is imported: see `serve`
     paths, status = Paths(args.run_dir), StatusWriter(args.status_fd)
     with open(paths.plan, "rb") as file:
         plan = msgspec.json.decode(file.read(), type=LaunchPlan)
@@ -101,6 +102,7 @@ def serve(plan: LaunchPlan, paths: Paths, server_args: ServerArgs, on_ready: Cal
 
     app.router.lifespan_context = lifespan
     gc.freeze()  # nothing of this is garbage: to look at all of it takes longer than some leases, and all streams wait
+    gc.enable()
     http_server._setup_and_run_http_server(
         server_args,
         manager,

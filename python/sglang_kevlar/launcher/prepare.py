@@ -10,6 +10,7 @@ Exit status: 0, 2 for a command line SGLang cannot parse (argparse), ``EXIT_CONF
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import socket
 import sys
@@ -361,4 +362,5 @@ def assign_devices(groups: int, ranks: int, *, base: int, step: int, available: 
 
 if __name__ == "__main__":
     die_with_parent()
+    gc.disable()  # it ends when all is imported and decided
     raise SystemExit(main(sys.argv[1:]))

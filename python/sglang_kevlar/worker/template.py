@@ -77,6 +77,7 @@ def serve(channel: socket.socket) -> None:
     """Say whether this process can be forked, then fork what is asked for until the other end is closed."""
     gc.collect()
     gc.freeze()  # a collection in a fork would copy every page it looks at
+    gc.enable()
     reason = why_not_forkable()
     channel.send(json.dumps({"unfit": reason} if reason else {"ready": True}).encode())
     while reason is None:
@@ -171,6 +172,7 @@ def main() -> None:
     parser.add_argument("--run-dir", required=True)
     parser.add_argument("--channel-fd", type=int, required=True)
     args = parser.parse_args()
+    gc.disable()  # nothing that is imported is garbage, and to look at all of it is a third of the time imports take
     channel = socket.socket(fileno=args.channel_fd)
     channel.set_inheritable(False)
     with open(Paths(args.run_dir).plan, "rb") as file:
