@@ -7,41 +7,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 sys.path.insert(0, str(REPOSITORY / "test" / "e2e"))
 sys.path.insert(0, str(REPOSITORY / "test"))
-
-
-#: What fills the machine with processes, or is about time: one test after the other, when all else is through.
-ALONE = {"net", "conformance", "clients", "browser", "e2e", "gpu"}
-#: each an engine and no deadlines
-BESIDE = {"test_mla.py", "test_resume_exact.py"}
-
-
-def alone(nodeid: str) -> bool:
-    *directories, file = nodeid.split("::")[0].split("/")
-    return not ALONE.isdisjoint(directories) and file not in BESIDE
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: alone(item.nodeid))
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With ``-n``: a file is one worker's, and all that is to be alone is that of one of them."""
-    from xdist.scheduler import LoadScopeScheduling
-
-    class Scheduling(LoadScopeScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            return "alone" if alone(nodeid) else nodeid.split("::")[0]
-
-    config.option.loadscopereorder = False  # or what is most came first
-    return Scheduling(config, log)
 
 
 def pytest_collection_finish() -> None:

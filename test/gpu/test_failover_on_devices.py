@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import test_live_weights
-from on_devices import KERNELS, POOL
+from on_devices import KERNELS, NO_ASSERTIONS, POOL
 from server import Server
 from test_shadow import RECOMPUTED, assert_same, flush, request, run_all, run_through_a_kill, tokens, wait_linked
 
@@ -18,7 +18,8 @@ FLAGS += ["--restart-backoff", "0.1", "--max-redirects", "50"]
 
 @pytest.fixture(scope="module")
 def server(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(models / "llama-f32", tmp_path_factory.mktemp("devices") / "log", *FLAGS)
+    log = tmp_path_factory.mktemp("devices") / "log"
+    server = Server(models / "llama-f32", log, *FLAGS, env=dict([NO_ASSERTIONS]))
     server.tp_size = 1
     server.hidden_size = json.loads((models / "llama-f32" / "config.json").read_text())["hidden_size"]
     try:

@@ -205,6 +205,11 @@ class Group:
         for name in os.listdir("/dev/shm"):
             if LAUNCH_ID in name:
                 os.unlink(f"/dev/shm/{name}")
+        # What members started and noted there, of which this supervisor's successor would have made an end.
+        for noted in self.run_dir.glob("child*"):
+            for pid in map(int, noted.read_text().split()):
+                if alive(pid):
+                    os.kill(pid, signal.SIGKILL)
 
 
 def alive(pid: int) -> bool:

@@ -259,13 +259,13 @@ def test_children_of_members_die_with_them(group: Group) -> None:
         "rank0",
         """
         helper = subprocess.Popen(["sleep", "1000"])
-        open(f"{run_dir}/helper{epoch}", "w").write(str(helper.pid))
+        open(f"{run_dir}/child{epoch}", "w").write(str(helper.pid))
         """,
     )
     group.start()
     os.kill(pid_of(group.ready(), "rank0"), signal.SIGKILL)
     group.ready(after=1)
-    helpers = [int((group.run_dir / f"helper{epoch}").read_text()) for epoch in (1, 2)]
+    helpers = [int((group.run_dir / f"child{epoch}").read_text()) for epoch in (1, 2)]
     assert not alive(helpers[0]) and alive(helpers[1])
     assert group.process is not None
     group.process.kill()

@@ -219,7 +219,7 @@ def zombies_of(group: Group) -> list[str]:
 
 LEAVES_A_CHILD = """
 child = subprocess.Popen(["sleep", "1000"], start_new_session=False)
-open(f"{run_dir}/left", "a").write(f"{child.pid}\\n")
+open(f"{run_dir}/children", "a").write(f"{child.pid}\\n")
 """
 
 
@@ -236,7 +236,7 @@ def test_what_ends_together_with_members_is_reaped(group: Group) -> None:
     group.behave("rank0", LEAVES_A_CHILD)
     group.start()
     first = group.ready()
-    left = int((group.run_dir / "left").read_text())
+    left = int((group.run_dir / "children").read_text())
     assert group.process is not None
     # It sees all these ends at once, and gets one signal for them.
     group.process.send_signal(signal.SIGSTOP)
