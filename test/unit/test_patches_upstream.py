@@ -55,6 +55,61 @@ def test_a_process_that_sglang_starts_is_patched_by_its_plugin() -> None:
     assert json.loads(run(SHIM + plugins + EVENTS)) == [["one", " two"]] * 2
 
 
+#: what each parser has streamed at the end, of one call as its model writes it, that came in one piece
+TOOL_CALLS = """
+import json
+from sglang.srt.entrypoints.openai.protocol import Function, Tool
+from sglang.srt.function_call.function_call_parser import FunctionCallParser
+from sglang.srt.function_call.json_array_parser import JsonArrayParser
+
+parameters = {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}}
+tools = [Tool(type="function", function=Function(name=name, parameters=parameters)) for name in ("one", "two")]
+arguments = json.dumps({"city": "Paris, France", "days": 3})
+
+def joined(items):
+    calls = {}
+    for item in items:
+        call = calls.setdefault(item.tool_index, ["", ""])
+        call[0] += item.name or ""
+        call[1] += item.parameters or ""
+    return [[name, json.loads(text) if text else None] for name, text in calls.values()]
+
+def streamed(pieces):
+    parser = FunctionCallParser(tools=tools, tool_call_parser=name)
+    calls = [call for piece in pieces for call in parser.parse_stream_chunk(piece)[1]]
+    return joined(calls + parser.parse_stream_end()[1])
+
+found = {}
+for name in FunctionCallParser.ToolCallParserEnum:
+    try:
+        parser = FunctionCallParser(tools=tools, tool_call_parser=name)
+        form = parser.detector.structure_info()("one")
+        text = form.begin + arguments + form.end
+        whole = joined(parser.parse_non_stream(text)[1])
+    except Exception:
+        continue  # it needs a server, or its form is not made of a beginning, JSON and an end
+    if whole == [["one", json.loads(arguments)]]:
+        found[name] = streamed([text])
+text = "[" + ", ".join(f'{{"name": "{name}", "parameters": {arguments}}}' for name in ("one", "two")) + "]"
+for pieces in ([text], list(text)):
+    array = JsonArrayParser()
+    calls = [call for piece in pieces for call in array.parse_streaming_increment(piece, tools).calls]
+    calls += array.finish(tools).calls
+    found[f"array in {len(pieces)}"] = joined(calls)
+print(json.dumps(found))
+"""
+
+
+def test_a_tool_call_that_comes_in_one_step_keeps_its_arguments() -> None:
+    install = "from sglang_kevlar.upstream import patches\npatches.install()\n"
+    found = json.loads(run(install + SHIM + TOOL_CALLS))
+    arguments = {"city": "Paris, France", "days": 3}
+    arrays = [found.pop(name) for name in list(found) if name.startswith("array")]
+    assert arrays == [[["one", arguments], ["two", arguments]]] * 2
+    assert {"qwen25", "llama3", "mistral", "hermes", "deepseekv3"} <= found.keys() and len(found) > 12
+    assert {name: calls for name, calls in found.items() if calls != [["one", arguments]]} == {}
+
+
 VERIFY = """
 from sglang_kevlar.upstream import plugin
 try:

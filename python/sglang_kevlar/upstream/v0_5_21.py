@@ -9,7 +9,7 @@ from __future__ import annotations
 from sglang_kevlar.upstream.contract import Role, Seam
 
 #: files in sglang_kevlar/patches/0.5.21
-PATCHES: tuple[str, ...] = ("0001-ollama-last-text.patch",)
+PATCHES: tuple[str, ...] = ("0001-ollama-last-text.patch", "0002-tool-call-in-one-step.patch")
 
 _PREPARE: tuple[Role, ...] = ("prepare",)
 _FRONTEND: tuple[Role, ...] = ("frontend",)

@@ -9,7 +9,7 @@ from sglang_kevlar.upstream.contract import Seam, revised
 BASE = "0.5.21"
 
 #: files in sglang_kevlar/patches/0.5.23
-PATCHES: tuple[str, ...] = ("0001-ollama-last-text.patch",)
+PATCHES: tuple[str, ...] = ("0001-ollama-last-text.patch", "0002-tool-call-in-one-step.patch")
 
 SEAMS: tuple[Seam, ...] = revised(
     v0_5_21.SEAMS,
