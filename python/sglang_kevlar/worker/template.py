@@ -35,9 +35,10 @@ MESSAGE_LIMIT = 1 << 16
 DESCRIPTORS = 3
 #: what OMP_NUM_THREADS is for the members, "" when it is not set
 OMP_ENV = "SGLANG_KEVLAR_OMP_NUM_THREADS"
-#: No thread survives a fork. torch makes a pool when it is imported, and so does the allocator in Arrow, which
-#: Transformers imports where it is installed.
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
+#: No thread survives a fork. torch makes a pool of them when it is imported, and the allocator of Arrow, which
+#: Transformers imports where it is installed, makes one if it is not told otherwise.
+ARROW = {"JE_ARROW_MALLOC_CONF": "background_thread:false"}
+TORCH = {"OMP_NUM_THREADS": "1"}
 #: modules whose ``main`` a member may run
 MEMBERS = ("sglang_kevlar.worker.rank", "sglang_kevlar.worker.detokenizer")
 

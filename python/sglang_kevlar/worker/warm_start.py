@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from sglang_kevlar.control.backoff import Backoff
 from sglang_kevlar.control.breaker import Breaker
 from sglang_kevlar.launcher.process import Child, adopted, spawn
-from sglang_kevlar.worker.template import MESSAGE_LIMIT, OMP_ENV, ONE_THREAD
+from sglang_kevlar.worker.template import ARROW, MESSAGE_LIMIT, OMP_ENV, TORCH
 
 #: seconds within which it forks; it takes some milliseconds
 _ANSWER = 5.0
@@ -150,7 +150,7 @@ class WarmStart:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.settimeout(_ANSWER)
         command = [*self._template, "--channel-fd", str(theirs.fileno())]
-        environment = {**os.environ, **ONE_THREAD, OMP_ENV: os.environ.get("OMP_NUM_THREADS", "")}
+        environment = {**ARROW, **os.environ, **TORCH, OMP_ENV: os.environ.get("OMP_NUM_THREADS", "")}
         child = self._child = spawn("template", command, pass_fds=[theirs.fileno()], environment=environment)
         theirs.close()
         self._channel = ours
