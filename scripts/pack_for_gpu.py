@@ -3,7 +3,9 @@
 
     python scripts/pack_for_gpu.py [--python 3.12] [--torch 2.11] [--there NAME...]      makes build/gpu.tar.xz
     there:  tar -xf build/gpu.tar.xz -C /tmp
-            PYTHONPATH=python:/tmp/site python3 -m pytest test/gpu -m gpu
+            export PYTHONPATH=$PWD/python:/tmp/site SGLANG_SKIP_SGL_KERNEL_VERSION_CHECK=1
+            export SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND=python        # with another PyTorch than upstream pins
+            python3 -m pytest test/gpu -m gpu
 
 That machine has PyTorch with CUDA, which brings Triton and NCCL, of its own, and nvcc for what SGLang compiles when it
 starts. What only other attention kernels than Triton's, other GPUs or other models need is left out: 50 MB, not 500.

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import test_live_weights
+import test_shadow
 from on_devices import KERNELS, NO_ASSERTIONS, POOL
 from server import Server
-from test_shadow import RECOMPUTED, assert_same, flush, request, run_all, run_through_a_kill, tokens, wait_linked
+from test_shadow import request, tokens, wait_linked
 
 FLAGS = [*KERNELS, *POOL, "--gpu-id-step", "0", "--chunked-prefill-size", "1024"]
 FLAGS += ["--restart-backoff", "0.1", "--max-redirects", "50"]
@@ -34,19 +35,7 @@ def server(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
 def test_little_is_recomputed_and_nothing_changes(server: Server) -> None:
     """What is copied from a device's pool beside the forward passes goes into another pool, and is what was there."""
     cases = [request(tokens(length, seed), 1000) for length in (512, 2048, 8192) for seed in (length, length + 1)]
-    expected = run_all(server, cases)
-    moved = []
-    for _ in range(4):
-        wait_linked(server)
-        flush(server)
-        answers = run_through_a_kill(server, cases, generated=300)
-        assert_same(expected, answers)
-        moved += [answer for answer in answers if answer.redirects]
-    assert len(moved) >= 4
-    recomputed = sorted(answer.recomputed for answer in moved)
-    print("recomputed tokens of redirected requests:", recomputed)
-    assert recomputed[0] > 0
-    assert sum(count > RECOMPUTED for count in recomputed) <= max(1, 0.05 * len(recomputed)), recomputed
+    test_shadow.check_little_is_recomputed(server, cases, rounds=4, generated=300, moved=4)
 
 
 @pytest.mark.gpu(1)
