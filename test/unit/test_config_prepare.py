@@ -214,7 +214,9 @@ def test_devices():
 
 
 def test_too_few_devices_are_refused_with_the_numbers():
-    with pytest.raises(prepare.LaunchRefused, match=r"--worker-groups 3 .*needs 12 GPU\(s\).*torch sees 8"):
+    with pytest.raises(prepare.LaunchRefused, match=r"--worker-groups 3 .*needs 12 GPU\(s\).*torch sees 8; one group"):
         assign(3, 4)
+    with pytest.raises(prepare.LaunchRefused, match=r"needs 32 GPU\(s\), but torch sees 8$"):
+        assign(2, 16)
     with pytest.raises(prepare.LaunchRefused, match=r"up to index 8 .*--base-gpu-id 5.*torch sees 8"):
         assign(2, 2, base=5)

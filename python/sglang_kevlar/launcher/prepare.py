@@ -353,9 +353,15 @@ def assign_devices(groups: int, ranks: int, *, base: int, step: int, available: 
     highest = ids[-1][-1]
     if highest >= available:
         where = "" if (base, step) == (0, 1) else f" up to index {highest} (--base-gpu-id {base}, --gpu-id-step {step})"
+        alone = ""
+        if groups > 1 and ids[0][-1] < available:
+            alone = (
+                f"; one group needs {ranks}, and can replace a rank that dies on its device: --worker-groups 1 "
+                f"--reform on --spare-ranks 1"
+            )
         raise LaunchRefused(
             f"--worker-groups {groups} with {ranks} rank(s) each (tp-size x pp-size) needs {groups * ranks} "
-            f"GPU(s){where}, but torch sees {available}"
+            f"GPU(s){where}, but torch sees {available}{alone}"
         )
     return ids
 
