@@ -28,6 +28,7 @@ def serving(models: Path, log: Path, *flags: str) -> Iterator[World]:
     try:
         server.wait_ready()
         yield World(server)
+        assert "starts are cold" not in log.read_text(errors="replace"), "ranks are forked of a template"
     finally:
         server.stop()
 

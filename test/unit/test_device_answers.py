@@ -50,6 +50,8 @@ def test_the_imports_are_answered_and_use_no_device(devices: list[str]) -> None:
         assert torch.cuda.get_device_name(torch.device("cuda", 1)) == "NVIDIA B200"
         assert torch.cuda.get_device_properties(1).multi_processor_count == 148
         kept = torch.cuda.current_device
+        with pytest.raises(RuntimeError):  # upstream asks NVML with what this says, or else what is answered above
+            torch.cuda._get_nvml_device_index(0)
     assert not devices
     assert {name: getattr(torch.cuda, name) for name in QUESTIONS} == before
     assert kept() == 1, "what a module imported by name tells the truth when the imports are over"

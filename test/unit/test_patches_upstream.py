@@ -110,6 +110,27 @@ def test_a_tool_call_that_comes_in_one_step_keeps_its_arguments() -> None:
     assert {name: calls for name, calls in found.items() if calls != [["one", arguments]]} == {}
 
 
+NO_END = """
+from sglang.srt.entrypoints.openai.protocol import Function, Tool
+from sglang.srt.function_call.core_types import StreamingParseResult, ToolCallItem
+from sglang.srt.function_call.function_call_parser import FunctionCallParser
+
+tools = [Tool(type="function", function=Function(name="one"))]
+parser = FunctionCallParser(tools=tools, tool_call_parser="qwen25")
+again = StreamingParseResult(calls=[ToolCallItem(tool_index=0, name="one", parameters="")])
+parser.detector.parse_streaming_increment = lambda *_: again
+try:
+    parser.parse_stream_end()
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_a_parser_that_always_has_more_to_say_is_an_error() -> None:
+    install = "from sglang_kevlar.upstream import patches\npatches.install()\n"
+    assert run(install + SHIM + NO_END) == "the parser of tool calls comes to no end"
+
+
 VERIFY = """
 from sglang_kevlar.upstream import plugin
 try:

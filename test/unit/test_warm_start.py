@@ -72,6 +72,20 @@ def test_members_collect_garbage_though_their_template_did_not(group: Group) -> 
     assert is_warm(group.ready())
 
 
+@pytest.mark.parametrize("told", [None, "dirty_decay_ms:0"])
+def test_a_template_is_told_to_have_no_thread_of_arrow(
+    group: Group, monkeypatch: pytest.MonkeyPatch, told: str | None
+) -> None:
+    """Unless the operator says otherwise."""
+    monkeypatch.delenv("JE_ARROW_MALLOC_CONF", raising=False)
+    if told is not None:
+        monkeypatch.setenv("JE_ARROW_MALLOC_CONF", told)
+    said = told or "background_thread:false"
+    group.behave("template", f"import os; assert os.environ['JE_ARROW_MALLOC_CONF'] == {said!r}")
+    group.start()
+    assert is_warm(group.ready())
+
+
 def test_template_and_members_die_with_the_supervisor(group: Group) -> None:
     group.start()
     group.ready()
