@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import time
+from types import SimpleNamespace
 from typing import Any
 
 from sglang_kevlar.platform import torchvision_shim
@@ -19,9 +20,10 @@ torchvision_shim.install()
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from sglang.srt.distributed import parallel_state  # noqa: E402
+from sglang.srt.layers.sampler import Sampler  # noqa: E402
 
-from sglang_kevlar.worker import communicators  # noqa: E402
-from sglang_kevlar.worker.device_aborts import Rescue  # noqa: E402
+from sglang_kevlar.control.reforming import LEAVE_WITHIN_ON_DEVICE  # noqa: E402
+from sglang_kevlar.worker import communicators, device_aborts  # noqa: E402
 from sglang_kevlar.worker.free_port import free_port  # noqa: E402
 from sglang_kevlar.worker.member import LEAVE  # noqa: E402
 
@@ -61,6 +63,19 @@ class Sums:
                 assert self._sum(self.group.pynccl_comm.all_reduce) == expected
         assert self._sum(lambda each: dist.all_reduce(each, group=self.group.device_group)) == expected
 
+    def tokens(self) -> None:
+        """A prefill with a grammar, as far as the ranks have to do with each other: logits, then which tokens."""
+        logits = torch.ones(8, 256, device=self.group.device)
+        gathered = [torch.empty_like(logits) for _ in range(2)]
+        dist.all_gather(gathered, logits, group=self.group.device_group)
+        sampled = torch.cat(gathered, dim=1).argmax(dim=1) + self.rank
+        sampler = SimpleNamespace(tp_sync_group=self.group.device_group)
+        Sampler._sync_token_ids_across_tp(sampler, sampled, SimpleNamespace(grammars=[None], vocab_size=512))
+        counts = torch.zeros(8, 512, device=self.group.device)
+        counts.scatter_add_(1, sampled.unsqueeze(1), torch.ones(8, 1, device=self.group.device))
+        dist.all_reduce(counts, group=self.group.device_group)
+        assert counts.sum() == 16
+
     def _sum(self, how: Any) -> list[float]:
         each = torch.full((8,), self.rank + 1.0, device=self.group.device)
         how(each)
@@ -78,20 +93,24 @@ def member(rank: int, backend: str, on_device: bool, pipe: Any) -> None:
         torch.cuda.set_device(rank % torch.cuda.device_count())
     elif on_device:
         communicators.uses_device = lambda: True
+        torch.cuda.synchronize = lambda: None  # type: ignore[assignment]
     signal.signal(LEAVE, leave)
-    Rescue(LEAVE, lambda: loop, communicators.give_up)
+    if on_device:
+        device_aborts.prepare()
+    device_aborts.Rescue(LEAVE, lambda: loop, communicators.give_up)
     while True:
         sums = Sums(rank, pipe.recv(), backend)
         sums.check()
+        sums.tokens()
         pipe.send("met")
-        assert pipe.recv() == "wait"
+        how = sums.check if pipe.recv() == "sums" else sums.tokens
         loop = object()
         try:
-            sums.check()
+            how()
             raise AssertionError("nobody was there, and it went on")
         except (Left, RuntimeError):
             loop = None
-        del sums
+        del sums, how
         communicators.release()
         gc.collect()
         communicators.finish()
@@ -121,26 +140,26 @@ class Pair:
         for rank in range(2):
             self._hear(rank, "met")
 
-    def _hear(self, rank: int, word: str, asking: bool = False) -> None:
+    def _hear(self, rank: int, word: str, patience: float = PATIENCE, asking: bool = False) -> None:
         process, pipe = self._members[rank]
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + patience
         while not pipe.poll(0.2):
             assert process.is_alive() and time.monotonic() < deadline, f"rank {rank} does not say that it {word}"
             if asking:
                 os.kill(process.pid, LEAVE)
         assert pipe.recv() == word
 
-    def lose(self, rank: int) -> None:
+    def lose(self, rank: int, waits_for: str) -> None:
         """The other one waits for it, leaves, and is there for the next `meet` with a new one."""
         other = 1 - rank
         pid = self._members[other][0].pid
-        self._members[other][1].send("wait")
+        self._members[other][1].send(waits_for)
         time.sleep(0.2)
         process, pipe = self._members[rank]
         process.kill()
         process.join()
         pipe.close()
-        self._hear(other, "left", asking=True)
+        self._hear(other, "left", LEAVE_WITHIN_ON_DEVICE, asking=True)
         assert self._members[other][0].pid == pid
         self._members[rank] = self._start(rank)
 
@@ -155,8 +174,8 @@ def lose_peers(backend: str, on_device: bool) -> None:
     pair = Pair(backend, on_device)
     try:
         pair.meet()
-        for rank in (1, 0):
-            pair.lose(rank)
+        for rank, waits_for in ((1, "sums"), (0, "sums"), (1, "tokens"), (0, "tokens")):
+            pair.lose(rank, waits_for)
             pair.meet()
     finally:
         pair.end()

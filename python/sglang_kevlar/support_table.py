@@ -118,7 +118,12 @@ REFUSED: tuple[Refused, ...] = (
     _set("enable_weights_cpu_backup", _MEMORY_SAVER),
     _set("enable_draft_weights_cpu_backup", _MEMORY_SAVER),
     _set("checkpoint_engine_wait_weights_before_ready", "a restarted group would wait for weights nobody sends again"),
-    _other_than("weight_cache_mode", ("off", None), "the daemon belongs to SGLang's own launcher; not tested"),
+    _other_than(
+        "weight_cache_mode",
+        ("off", "client", None),
+        "such daemons end with SGLang's own launcher; start them by `python -m sglang.srt.weight_cache.daemon`, which "
+        "outlives worker groups, and use client",
+    ),
     _set("delete_ckpt_after_loading", "a restarted group has to load the checkpoint again"),
     _set("remote_instance_weight_loader_start_seed_via_transfer_engine", _PORT),
     _one_of("load_format", ("remote_instance",), "the seed's ports are for one loader, and gone when a group restarts"),
@@ -187,6 +192,9 @@ REMARKS: dict[str, str] = {
     "are computed again.",
     "watchdog_timeout": "Ends the group, which is restarted, not the server. `--hang-timeout` detects hangs sooner.",
     "soft_watchdog_timeout": "In each group.",
+    "weight_cache_mode": "`client`: each rank, and each spare, maps the weights of the daemon of its device. When that "
+    "dies, the ranks that map it end at once, and with them their group. Weights cannot be changed at run time.",
+    "weight_cache_socket": "Of one rank; left out, each finds the daemon of its device.",
     "weight_version": "A request is not continued on another version of the weights.",
     "enable_metrics": "SGLang's metrics of a group carry its number as a label.",
     "extra_metric_labels": "In all groups.",

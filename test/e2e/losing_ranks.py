@@ -29,9 +29,9 @@ class World:
 
     def __init__(self, server: Server) -> None:
         self.server = server
-        self.expected: list[Answer] = self._ask()
+        self.expected: list[Answer] = self.ask()
 
-    def _ask(self) -> list[Answer]:
+    def ask(self) -> list[Answer]:
         with ThreadPoolExecutor(len(CASES)) as pool:
             return list(pool.map(lambda case: case.run(self.server.url), CASES))
 
@@ -61,7 +61,7 @@ class World:
         before = self.server.group(group)
         os.kill(before["pids"]["detokenizer"], signal.SIGKILL)
         assert self.wait_epoch(group, before["epoch"])["pids"]["ranks"] == before["pids"]["ranks"]
-        self.check(self._ask())
+        self.check(self.ask())
 
     def wait_epoch(self, group: int, behind: int) -> dict[str, Any]:
         def there(status: dict[str, Any]) -> bool:
@@ -94,7 +94,7 @@ class World:
         other = self.server.group(1 - group)
         os.kill(other["pids"]["supervisor"], signal.SIGKILL)
         self.server.wait(lambda s: s["groups"][1 - group]["state"] != "ready", "the other group is down")
-        self.check(self._ask())
+        self.check(self.ask())
         self.server.wait_ready()
 
 

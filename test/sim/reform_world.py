@@ -49,6 +49,7 @@ class Group(Course[Process]):
             SEATS,
             SPARES,
             reforms=True,
+            leave_within=LEAVE_WITHIN,
             warmth=self.warm,
             clock=lambda: world.now,
             exit_on_failed_start=False,

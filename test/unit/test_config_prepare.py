@@ -91,6 +91,8 @@ def done(tmp_path_factory) -> dict[str, Done]:
         "broken model": ["--model-path", str(top / "broken"), "--device", "cpu"],
         "unknown flag": ["--model-path", "m", "--no-such-flag"],
         "no ranks": [*model, "--tp-size", "0"],
+        "one daemon": [*model, "--tp-size", "2", "--weight-cache-mode", "client", "--weight-cache-socket", "/tmp/s"],
+        "daemons": [*model, "--tp-size", "2", "--weight-cache-mode", "client"],
         "offline": [*model, "--port", str(busy.getsockname()[1])],
         "port in use": [*model, "--port", str(busy.getsockname()[1])],
     }
@@ -154,6 +156,12 @@ def test_a_command_line_that_sglang_cannot_parse_exits_2_in_one_line(done):
 def test_a_group_without_ranks(done):
     assert done["no ranks"].status == EXIT_CONFIG
     assert "--tp-size 0: must be at least 1" in done["no ranks"].stderr
+
+
+def test_one_weight_cache_daemon_is_not_that_of_several_ranks(done):
+    assert done["one daemon"].status == EXIT_CONFIG
+    assert "--weight-cache-socket /tmp/s: is one daemon's" in done["one daemon"].stderr
+    assert done["daemons"].status == 0, done["daemons"].stderr
 
 
 def test_an_offline_engine_needs_no_port(done):

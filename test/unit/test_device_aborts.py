@@ -18,6 +18,8 @@ from sglang_kevlar.platform import torchvision_shim
 
 torchvision_shim.install()
 
+import torch  # noqa: E402
+
 from sglang_kevlar.worker import device_aborts  # noqa: E402
 from sglang_kevlar.worker.communicators import Group  # noqa: E402
 from sglang_kevlar.worker.device_aborts import DeviceAborts, Rescue  # noqa: E402
@@ -66,6 +68,22 @@ def test_each_communicator_is_given_up_once_though_groups_share_it() -> None:
     aborts.begin([Group(two, gloo, gloo)])  # of the next epoch
     aborts.finish(10)
     assert sorted(map(str, given_up)) == ["1", "2", "2", "nccl"]
+
+
+def test_tokens_that_were_not_agreed_on_can_still_be_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An all-reduce that was given up may leave anything, and the next kernels use it as an index."""
+    monkeypatch.setattr(os, "environ", {})  # what torch is told
+    left = [-(2**62), -1, 0, 511, 512, 2**62]
+
+    class Sampler:
+        def _sync_token_ids_across_tp(self, tokens: torch.Tensor, sampling: Any) -> None:
+            tokens.copy_(torch.tensor(left))
+
+    monkeypatch.setattr(device_aborts, "Sampler", Sampler)
+    device_aborts.prepare()
+    tokens = torch.zeros(6, dtype=torch.int64)
+    Sampler()._sync_token_ids_across_tp(tokens, SimpleNamespace(vocab_size=512))
+    assert tokens.tolist() == [0, 0, 0, 511, 511, 511]
 
 
 def test_one_that_waits_for_its_graphs_does_not_keep_the_others_waiting() -> None:

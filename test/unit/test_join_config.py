@@ -110,6 +110,8 @@ def test_flags_of_one_host_and_secrets_are_not_told() -> None:
         "c=d",
         "--host",
         "h",
+        "--weight-cache-socket",
+        "/tmp/s",
         "--tp",
         "2",
     ]

@@ -68,7 +68,8 @@ def test_the_pool_is_sized_as_if_kept_weights_were_still_to_be_loaded(monkeypatc
     assert kept_model.size(model) == 4 * 1024 * 1024 + 8 * 1024
     free = 10.0
     monkeypatch.setattr(bootstrap, "get_available_gpu_memory", lambda device, gpu_id, empty_cache: free)
-    loaded = SimpleNamespace(model=model)
+    loader = SimpleNamespace(preloaded_weights_bytes=0)
+    loaded = SimpleNamespace(model=model, loader=loader)
     monkeypatch.setattr(model_runner, "load_model_with_memory_saver", lambda **_: loaded)
     monkeypatch.setattr(communicators, "groups", dict)
     kept = kept_model.KeptModel()
@@ -79,6 +80,10 @@ def test_the_pool_is_sized_as_if_kept_weights_were_still_to_be_loaded(monkeypatc
     assert measure() == free
     assert model_runner.load_model_with_memory_saver(is_draft_worker=False) is loaded
     assert measure() == pytest.approx(free + kept_model.size(model) / GB, rel=1e-6)
+    # Of a daemon's weights upstream has the size from the loader, and adds it when the scheduler is made.
+    loader.preloaded_weights_bytes = kept_model.size(model)
+    assert measure() == free
+    loader.preloaded_weights_bytes = 0
     kept.observe([kept_model.FetchWeightsReq(ticket="", endpoints=[], timeout=1.0)])  # it will be loaded again
     assert measure() == free
 
@@ -86,7 +91,9 @@ def test_the_pool_is_sized_as_if_kept_weights_were_still_to_be_loaded(monkeypatc
 def test_ranks_of_which_some_kept_nothing_agree_on_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else their pools would be of different sizes, and they would decide differently."""
     kept = kept_model.KeptModel.__new__(kept_model.KeptModel)
-    kept._kept = SimpleNamespace(model=torch.nn.Linear(1024, 1024, bias=False))
+    kept._kept = SimpleNamespace(
+        model=torch.nn.Linear(1024, 1024, bias=False), loader=SimpleNamespace(preloaded_weights_bytes=0)
+    )
     kept._free = lambda *_, **__: 10.0
     others = 9.5 * GB
 

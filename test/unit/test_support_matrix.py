@@ -125,7 +125,7 @@ def test_a_multimodal_model_is_refused_by_architecture():
 
 def test_no_flag_is_both_refused_for_every_use_and_remarked():
     both = {row.field for row in REFUSED} & REMARKS.keys()
-    assert both == {"load_format"}  # one value refused, another remarked
+    assert both == {"load_format", "weight_cache_mode"}  # one value refused, another remarked
 
 
 def test_the_documentation_is_in_sync():

@@ -24,6 +24,7 @@ from sglang_kevlar.protocol.launch import KevlarArgs
 _MAY_DIFFER = """
     model_path tokenizer_path revision download_dir weight_loader_disable_mmap weight_loader_prefetch_checkpoints
     weight_loader_prefetch_num_threads weight_loader_drop_cache_after_load custom_weight_loader
+    weight_cache_socket weight_cache_timeout
     model_loader_extra_config chat_template hf_chat_template_name completion_template trust_request_chat_template
     mem_fraction_static max_running_requests max_queued_requests max_total_tokens chunked_prefill_size
     max_prefill_tokens prefill_max_requests schedule_conservativeness cpu_offload_gb cuda_graph_config
@@ -70,7 +71,8 @@ _NOT_COMPARED = frozenset((*_MAY_DIFFER, *_OWN_FIELD))
 #: else their ranks must not: they decide in step with each other.
 _OF_A_NODE = """
     model_path tokenizer_path download_dir weight_loader_disable_mmap weight_loader_prefetch_checkpoints
-    weight_loader_prefetch_num_threads weight_loader_drop_cache_after_load base_gpu_id gpu_id_step numa_node nccl_port
+    weight_loader_prefetch_num_threads weight_loader_drop_cache_after_load weight_cache_socket
+    base_gpu_id gpu_id_step numa_node nccl_port
     dist_init_addr node_rank gated_launch_port host port fastapi_root_path ssl_keyfile ssl_certfile ssl_ca_certs
     ssl_keyfile_password api_key admin_api_key file_storage_path log_level log_level_http log_requests
     log_requests_level log_requests_format log_requests_target crash_dump_folder show_time_cost decode_log_interval

@@ -14,7 +14,7 @@ from typing import Generic, Protocol, TypeVar
 
 from sglang_kevlar.control.backoff import Backoff
 from sglang_kevlar.control.detection import CALM_INTERVAL, EpochWatch, Observation
-from sglang_kevlar.control.reforming import ASK_AGAIN, DEATH_SHOWS_WITHIN, HEALTHY_AFTER, LEAVE_WITHIN, Reforming
+from sglang_kevlar.control.reforming import ASK_AGAIN, DEATH_SHOWS_WITHIN, HEALTHY_AFTER, Reforming
 from sglang_kevlar.protocol.group import GroupPhase, LossKind
 from sglang_kevlar.protocol.launch import EXIT_CONFIG, EXIT_FAILED_START, KevlarArgs
 
@@ -80,16 +80,19 @@ class Course(ABC, Generic[M]):
         spares: Sequence[str],
         *,
         reforms: bool,
+        leave_within: float,
         warmth: Warmth,
         clock: Callable[[], float],
         exit_on_failed_start: bool,
     ) -> None:
-        """``seats``: what an epoch is made of. ``spares``: for which of them a spare is kept. ``clock``: monotonic."""
+        """``seats``: what an epoch is made of. ``spares``: for which of them a spare is kept. ``leave_within``: seconds
+        in which a rank that lives has to have left. ``clock``: monotonic."""
         self._kevlar = kevlar
         self._seats = tuple(seats)
         self._warmth = warmth
         self._clock = clock
         self._exit_on_failed_start = exit_on_failed_start
+        self._leave_within = leave_within
         longest = kevlar.restart_backoff_max
         self._backoff = Backoff(kevlar.restart_backoff, longest)
         self._reform_backoff = Backoff(min(_REFORM_BACKOFF, longest), longest, HEALTHY_AFTER)
@@ -113,7 +116,7 @@ class Course(ABC, Generic[M]):
         self._failed_deadline = float("inf")
         #: why the frontend has given up this epoch, and when that counts if no death has shown by then
         self._fence: tuple[str, float] | None = None
-        self._started_at = 0.0
+        self._started_at = self._ended_at = 0.0
         self._cause = ""
         self._kind: LossKind | None = None
         self._failed_starts = 0
@@ -264,10 +267,10 @@ class Course(ABC, Generic[M]):
         self._warmth.begin(cold=self._reforming.loads_first_again)
         self._start_deadline = self._reforming.deadline()
         if self._reforming.reformed:
-            around = ", ".join(sorted(left)) or "nobody"
+            around, after = ", ".join(sorted(left)) or "nobody", now - self._ended_at
             self._log(
-                f"epoch {self._epoch} is re-formed around {around}; new: {', '.join(missing)}"
-                + (f", of which {', '.join(spares)} from the spares" if spares else "")
+                f"epoch {self._epoch} is re-formed around {around}, {after:.2f} s after the last one ended; "
+                f"new: {', '.join(missing)}" + (f", of which {', '.join(spares)} from the spares" if spares else "")
             )
         if again := self._reforming.tried_again():
             self._log(f"epoch {self._epoch}: {again}")
@@ -382,7 +385,7 @@ class Course(ABC, Generic[M]):
         first start that failed so is worth another try. ``whole``: no process of it is used again; ``guilty``: not
         these.
         """
-        now = self._clock()
+        now = self._ended_at = self._clock()
         served = self._phase == "ready"
         self._ending = True
         self._phase, self._cause, self._kind = "down", cause, kind
@@ -409,7 +412,7 @@ class Course(ABC, Generic[M]):
             # Before others see the ends of processes, and take them for the cause.
             self._report_first()
         if self._stop_deadline is None:
-            self._leave_deadline, self._ask_at = now + LEAVE_WITHIN, now + ASK_AGAIN
+            self._leave_deadline, self._ask_at = now + self._leave_within, now + ASK_AGAIN
             for member in self._members.values():
                 if member.name not in survivors:
                     member.process.kill()

@@ -20,6 +20,8 @@ from sglang_kevlar.control.breaker import Breaker
 
 #: seconds in which a rank may leave; it takes some ten milliseconds when nothing blocks it
 LEAVE_WITHIN = 2.0
+#: the same on a device, where graphs and what NCCL has are given up first: a second was seen, on a busy one
+LEAVE_WITHIN_ON_DEVICE = 10.0
 #: seconds between two requests to leave: one may come where nobody hears it
 ASK_AGAIN = 0.2
 #: seconds for the death of another to show, when a rank leaves unasked because its loop failed

@@ -35,6 +35,7 @@ from sglang.srt.server_args import PortArgs, ServerArgs
 
 from sglang_kevlar import __version__
 from sglang_kevlar.control.membership import Event
+from sglang_kevlar.frontend import cached_weights
 from sglang_kevlar.frontend.channels import Channel
 from sglang_kevlar.frontend.control_requests import ControlRequests
 from sglang_kevlar.frontend.drains import Drains
@@ -292,6 +293,7 @@ class KevlarTokenizerManager(TokenizerManager, Host):
     async def roll_weights(self, request: UpdateWeightFromDiskReqInput, deadline: float) -> None:
         """Weights from disk, one group after the other. Raises HTTPException: see `RollingWeights.start`."""
         self.auto_create_handle_loop()
+        cached_weights.refuse_writing(request)
         if self.is_pause:
             raise fastapi.HTTPException(409, "generation is paused: requests would not end")
         if request.load_format is None:
@@ -442,20 +444,25 @@ class KevlarTokenizerManager(TokenizerManager, Host):
         self.groups.close()
 
 
-def _not_while_rolling(name: str) -> None:
-    """Refuse what changes weights or stops requests while weights go from group to group, before it takes the lock that
-    all new requests would wait for."""
+def _refused_first(name: str) -> None:
+    """What is refused at all is, before it aborts requests or takes the lock that all new ones would wait for."""
     upstreams = getattr(TokenizerManager, name)
 
     @functools.wraps(upstreams)
-    async def refusing(self: KevlarTokenizerManager, *args: Any, **kwargs: Any) -> Any:
-        self.rolling.refuse_if_under_way()
-        return await upstreams(self, *args, **kwargs)
+    async def refusing(self: KevlarTokenizerManager, obj: Any, *args: Any, **kwargs: Any) -> Any:
+        cached_weights.refuse_writing(obj)
+        if name not in _WHILE_ROLLING:
+            self.rolling.refuse_if_under_way()
+        return await upstreams(self, obj, *args, **kwargs)
 
     setattr(KevlarTokenizerManager, name, refusing)
 
 
+#: neither changes weights for good nor stops requests, so it may come while weights go from group to group
+_WHILE_ROLLING = ("check_weights", "release_memory_occupation", "resume_memory_occupation")
+
 for _name in (
+    *_WHILE_ROLLING,
     "begin_weight_update",
     "end_weight_update",
     "load_lora_adapter",
@@ -467,7 +474,7 @@ for _name in (
     "update_weights_from_ipc",
     "update_weights_from_tensor",
 ):
-    _not_while_rolling(_name)
+    _refused_first(_name)
 
 
 def _check(requests: Iterable[Any]) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import os
 import socket
 import sys
@@ -269,6 +270,11 @@ def _plan(
         step=view.gpu_id_step,
         available=_device_count(view.device),
     )
+    if view.weight_cache_socket is not None and (ranks > 1 or len({*itertools.chain(*devices)}) > 1):
+        raise LaunchRefused(
+            f"--weight-cache-socket {view.weight_cache_socket}: is one daemon's, which has the weights of one rank on "
+            "one device; leave it out, and each rank finds the daemon of its device"
+        )
     return LaunchPlan(
         version=PROTOCOL_VERSION,
         upstream=version("sglang"),
@@ -277,6 +283,7 @@ def _plan(
         tp_size=view.tp_size,
         pp_size=view.pp_size,
         gpu_ids=[[0] * first + ids + [0] * (ranks - first - share) for ids in devices],
+        on_device=view.device != "cpu",
         host=server_args.host,
         port=server_args.port,
         server_args_file=paths.server_args,
@@ -306,7 +313,7 @@ def _for_cluster(plan: LaunchPlan, server_args: ServerArgs, argv: list[str], joi
 #: flags of the HTTP side, of this host's ports and devices, and secrets: not for other hosts
 _NOT_FOR_GROUPS = """
     --host --port --api-key --admin-api-key --ssl-keyfile --ssl-certfile --ssl-ca-certs --ssl-keyfile-password
-    --base-gpu-id --gpu-id-step --nccl-port --log-level --log-level-http --numa-node
+    --base-gpu-id --gpu-id-step --nccl-port --weight-cache-socket --log-level --log-level-http --numa-node
 """.split()  # noqa: SIM905 - a list of that would be a page long
 
 

@@ -121,6 +121,8 @@ class LaunchPlan(msgspec.Struct, frozen=True, kw_only=True):
     pp_size: int
     #: device index of rank r of group g is gpu_ids[g][r]; zeros on CPU
     gpu_ids: list[list[int]]
+    #: the ranks compute on those, and not on CPUs
+    on_device: bool = False
     host: str
     port: int
     #: where upstream's resolved ServerArgs lie, pickled by `launcher.prepare` (same host, same user)

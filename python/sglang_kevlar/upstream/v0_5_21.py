@@ -341,6 +341,11 @@ _REFORM_SEAMS = (
     _seam("srt.distributed.parallel_state:destroy_distributed_environment", _RANK, passes=""),
     _seam("srt.distributed.parallel_state:abort_distributed_environment", _RANK, passes=""),
     _seam("srt.runtime_context:reset_context", _RANK, passes=""),
+    _seam(
+        "srt.layers.sampler:Sampler._sync_token_ids_across_tp",
+        _RANK,
+        signature="self batch_next_token_ids sampling_info",
+    ),
     _seam("srt.utils:cpu_has_amx_support", _RANK, passes=""),
     _seam("srt.utils:is_host_cpu_arm64", _RANK, passes=""),
     _seam(
@@ -510,7 +515,13 @@ _SHADOW_SEAMS = (
         _RANK,
         signature="self selector",
     ),
-    _seam("srt.constants:GPU_MEMORY_TYPE_WEIGHTS", _RANK),
+    _seam("srt.constants:GPU_MEMORY_TYPE_WEIGHTS", _FRONTEND + _RANK),
+    # A weight cache daemon's: who must not write to them, what they take, and how its death is noticed.
+    _seam("srt.runtime_context:get_model", _FRONTEND + _RANK, signature=""),
+    _seam("srt.model_loader.loader:BaseModelLoader", _RANK, fields="preloaded_weights_bytes"),
+    _seam(
+        "srt.weight_cache.ipc_loader:IpcModelLoader._start_daemon_liveness_watchdog", _RANK, signature="self daemon_pid"
+    ),
     _seam("srt.lora.layers:BaseLayerWithLoRA", _RANK),
     _seam("srt.managers.io_struct:BaseReq", _SPEAKERS + _RANK),
     # What may write to the weights.

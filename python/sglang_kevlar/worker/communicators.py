@@ -21,7 +21,7 @@ from sglang.srt.runtime_context import reset_context
 from sglang_kevlar.worker.device_aborts import DeviceAborts
 
 #: seconds for NCCL to give up what was captured in no graph any more
-ABORT_WITHIN = 10.0
+ABORT_WITHIN = 8.0
 _BACKEND = "kevlar_unbound"
 
 
@@ -104,6 +104,8 @@ def release() -> None:
     if on_device:
         held = groups().values()
         _aborts.begin(held)
+        # Nothing reads pools or graphs any more when they go; and a device that faulted says so here.
+        torch.cuda.synchronize()
         for group in held:
             # To destroy one of NCCL means to wait for all of its ranks; and after the abort it is an error.
             group.coordinator.device_group = group.coordinator.cpu_group = None

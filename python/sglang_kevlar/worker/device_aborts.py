@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 import signal
 import socket
 import threading
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from sglang.srt.layers.sampler import Sampler
 
 if TYPE_CHECKING:
     from sglang_kevlar.worker.communicators import Group
@@ -26,6 +28,31 @@ logger = logging.getLogger(__name__)
 
 #: seconds for a loop to leave by itself when it is asked to
 BY_ITSELF = 0.1
+#: What torch does by itself when NCCL tells it that a peer is gone: its watchdog sleeps for a minute, for others to
+#: write down what they were at, with the lock that every collective takes, and then ends the process.
+_NOT_BY_TORCH = {
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+    "TORCH_NCCL_ENABLE_MONITORING": "0",
+    "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "1",
+}
+
+
+def prepare() -> None:
+    """Once, in a process that is to outlive its peers, before it has any.
+
+    What was begun behind a collective that is given up runs on whatever that left. It is of no use to anybody, and
+    floats do no harm; but an index that is none is a fault, and CUDA lets no process outlive that. Sampled tokens are
+    the only such numbers that the ranks of a stage agree on.
+    """
+    os.environ.update(_NOT_BY_TORCH)
+    agree = Sampler._sync_token_ids_across_tp
+
+    def agree_on_tokens(sampler: Sampler, tokens: torch.Tensor, sampling: Any) -> None:
+        agree(sampler, tokens, sampling)
+        tokens.clamp_(0, sampling.vocab_size - 1)
+
+    Sampler._sync_token_ids_across_tp = agree_on_tokens
 
 
 class DeviceAborts:

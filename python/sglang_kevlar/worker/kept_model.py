@@ -26,7 +26,7 @@ from sglang.srt.managers.io_struct import (
 from sglang.srt.model_executor import model_runner
 from sglang.srt.runtime_context import SpawnRanks, publish, spawn_world_rank
 
-from sglang_kevlar.worker import communicators
+from sglang_kevlar.worker import communicators, weight_cache
 from sglang_kevlar.worker.weights.messages import FetchWeightsReq
 
 if TYPE_CHECKING:
@@ -118,8 +118,10 @@ class KeptModel:
         self, device: str, gpu_id: int, distributed: bool = False, empty_cache: bool = True, cpu_group: Any = None
     ) -> float:
         """GB. Upstream measures it before a load, and leaves a part of it free beside the pool; so it has to be as if
-        nothing were loaded yet. With all ranks it is the least, of which some may have kept nothing."""
-        kept = 0 if self._kept is None else size(self._kept.model)
+        nothing were loaded yet. With all ranks it is the least, of which some may have kept nothing. What a weight
+        cache daemon holds, upstream adds itself."""
+        own = self._kept is not None and not weight_cache.holds(self._kept)
+        kept = size(self._kept.model) if own else 0
         here = torch.tensor(self._free(device, gpu_id, empty_cache=empty_cache) * _GB + kept, dtype=torch.float32)
         if distributed:
             torch.distributed.all_reduce(here, op=torch.distributed.ReduceOp.MIN, group=cpu_group)

@@ -86,6 +86,10 @@ class Rank:
 
     def _load(self, server_args: ServerArgs, gpu_id: int) -> None:
         plan = self._membership.plan
+        if server_args.weight_cache_mode == "client":
+            from sglang_kevlar.worker import weight_cache
+
+            weight_cache.prepare()
         if plan.kevlar.reform == "off" or plan.node is not None or self._in_place:
             return
         from sglang_kevlar.worker.kept_model import KeptModel, why_not
@@ -99,15 +103,18 @@ class Rank:
                 # The spares of some ranks take memory of their devices, which is no reason not to start.
                 os.environ.setdefault("SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK", "false")
             retirement.prepare()
+            if server_args.device != "cpu":
+                from sglang_kevlar.worker import device_aborts
+
+                device_aborts.prepare()
             self._names = retirement.Names()
             self._kept = KeptModel()
             self._kept.load(server_args, gpu_id, self._tp_rank, self._pp_rank)
             signal.signal(LEAVE, self._on_leave)
             if server_args.device != "cpu":
                 from sglang_kevlar.worker import communicators
-                from sglang_kevlar.worker.device_aborts import Rescue
 
-                self._rescue = Rescue(LEAVE, lambda: self._in_loop, communicators.give_up)
+                self._rescue = device_aborts.Rescue(LEAVE, lambda: self._in_loop, communicators.give_up)
 
     def _on_leave(self, *_: object) -> None:
         if self._in_loop is not None:

@@ -27,6 +27,7 @@ import msgspec
 import zmq
 
 from sglang_kevlar.control.course import Course
+from sglang_kevlar.control.reforming import LEAVE_WITHIN, LEAVE_WITHIN_ON_DEVICE
 from sglang_kevlar.launcher.process import adopt_orphans, forget, identify, reap_adopted, record
 from sglang_kevlar.launcher.rundir import end_recorded
 from sglang_kevlar.launcher.status import StatusWriter
@@ -88,6 +89,7 @@ class Supervisor(Course[Member]):
             list(commands),
             [f"rank{rank}" for rank in plan.ranks][: plan.kevlar.spare_ranks],
             reforms=plan.kevlar.reform != "off" and plan.node is None,
+            leave_within=LEAVE_WITHIN_ON_DEVICE if plan.on_device else LEAVE_WITHIN,
             warmth=self._warm,
             clock=time.monotonic,
             exit_on_failed_start=exit_on_failed_start,

@@ -26,6 +26,7 @@ from sglang.srt.managers.io_struct import (
     UpdateWeightsFromIPCReqInput,
     UpdateWeightsFromTensorReqInput,
 )
+from sglang.srt.runtime_context import get_model
 
 from sglang_kevlar.cluster import keys
 from sglang_kevlar.protocol.launch import LaunchPlan, Paths
@@ -130,6 +131,8 @@ class RankWeights:
             self._state(RankStatement(request.ticket, reason="it is still at another transfer", busy=True))
             return
         try:
+            if get_model().weight_cache_mode != "off":
+                raise TransferError("its weights are those of a weight cache daemon, which others map, too")
             if self._rank >= len(request.endpoints):
                 raise TransferError(f"the other group has {len(request.endpoints)} ranks")
             endpoint = request.endpoints[self._rank]

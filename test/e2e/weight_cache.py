@@ -1,0 +1,122 @@
+"""Groups whose weights are a weight cache daemon's, the same on CPUs (test_weight_cache.py) and on GPUs (test/gpu)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+from losing_ranks import CASES, World
+from server import START_TIMEOUT, Server
+
+#: in which a daemon that was killed is started again, and a group behind it
+FLAGS = ["--weight-cache-mode", "client", "--hold-timeout", "120"]
+
+
+class Daemon:
+    """Upstream's, started by ``command`` as its users would. It can be ended and started again."""
+
+    def __init__(self, command: list[str], directory: Path, env: dict[str, str]) -> None:
+        """``directory``: of its log, and of its files in a directory of their own."""
+        self.sockets = directory / "sockets"
+        self.sockets.mkdir()
+        self._command, self._log, self._env = command, directory / "log", env
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        for old in self.sockets.glob("*.ready"):
+            old.unlink()
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                self._command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **self._env}
+            )
+        deadline = time.monotonic() + START_TIMEOUT
+        while not list(self.sockets.glob("*.ready")):  # it writes that once it serves
+            assert self._process.poll() is None, self._log.read_text(errors="replace")[-3000:]
+            assert time.monotonic() < deadline, "the daemon does not get ready"
+            time.sleep(0.1)
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            for left in Path("/dev/shm").glob(f"torch_{self._process.pid}_*"):
+                left.unlink()
+
+    def forget(self) -> None:
+        """A killed one leaves its socket, which stands for one that will be there again."""
+        for left in self.sockets.iterdir():
+            left.unlink()
+
+
+def mapped(server: Server) -> int:
+    """How often a rank has mapped the weights of a daemon."""
+    return server.log.read_text(errors="replace").count("Weights are those of the weight cache daemon")
+
+
+def from_disk(server: Server) -> bool:
+    return "falling back to disk load" in server.log.read_text(errors="replace")
+
+
+def check_starts(world: World) -> None:
+    """A spare maps the weights beside the rank that serves, and a group that starts as a whole maps them again."""
+    server = world.server
+    world.spare(0)
+    before = mapped(server)
+    assert before == 2 * server.groups
+    world.spare_takes_over(0)
+    epoch, supervisor = server.group(0)["epoch"], server.kill(0, "supervisor")
+    assert world.wait_epoch(0, epoch)["pids"]["supervisor"] != supervisor
+    world.check(world.ask())
+    assert mapped(server) >= before + 2
+    assert not from_disk(server)
+
+
+def check_changes(world: World) -> None:
+    """Nothing is written to what is not the groups' own, and nothing that runs is lost to the attempt."""
+    server = world.server
+    with ThreadPoolExecutor(len(CASES)) as pool:
+        running = [pool.submit(case.run, server.url) for case in CASES]
+        time.sleep(0.1)
+        for path, body in (
+            ("/update_weights_from_disk", {"model_path": "anything", "abort_all_requests": True}),
+            ("/kevlar/weights", {"model_path": "anything"}),
+            ("/weights_checker", {"action": "reset_tensors"}),
+            ("/release_memory_occupation", {}),
+        ):
+            answer = httpx.post(server.url + path, json=body, timeout=30)
+            assert answer.status_code == 400 and "weight cache daemons" in answer.text, (path, answer.text)
+        world.check([one.result() for one in running])
+
+
+def check_death_of_the_daemon(world: World, daemon: Daemon) -> None:
+    """All ranks end with it at once, and what they ran goes on when there is one again; or none, and its files."""
+    server = world.server
+    before = [group["pids"]["ranks"] for group in server.status()["groups"]]
+    with ThreadPoolExecutor(len(CASES)) as pool:
+        running = [pool.submit(case.run, server.url) for case in CASES]
+        time.sleep(0.3)
+        daemon.kill()
+        _wait_lost(server)
+        daemon.start()
+        world.check([one.result() for one in running])
+    server.wait_ready()
+    assert all(
+        group["pids"]["ranks"] != former for group, former in zip(server.status()["groups"], before, strict=True)
+    )
+    assert "the weights are its memory: this rank ends" in server.log.read_text(errors="replace")
+    assert not from_disk(server)
+
+    daemon.kill()
+    daemon.forget()
+    _wait_lost(server)
+    server.wait_ready()
+    assert from_disk(server)
+    world.check(world.ask())
+
+
+def _wait_lost(server: Server) -> None:
+    server.wait(lambda status: all(group["state"] != "ready" for group in status["groups"]), "no group serves", 30)
