@@ -13,7 +13,9 @@ from on_devices import KERNELS, NO_ASSERTIONS, POOL
 from server import Server
 from test_shadow import request, tokens, wait_linked
 
-FLAGS = [*KERNELS, *POOL, "--gpu-id-step", "0", "--chunked-prefill-size", "1024"]
+#: With deterministic inference upstream cuts prompts at multiples of 4096 tokens: with smaller chunks it never begins
+#: one that is longer than a chunk, and none behind it.
+FLAGS = [*KERNELS, *POOL, "--gpu-id-step", "0", "--chunked-prefill-size", "4096"]
 FLAGS += ["--restart-backoff", "0.1", "--max-redirects", "50"]
 
 
@@ -34,8 +36,8 @@ def server(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
 @pytest.mark.timeout(600)
 def test_little_is_recomputed_and_nothing_changes(server: Server) -> None:
     """What is copied from a device's pool beside the forward passes goes into another pool, and is what was there."""
-    cases = [request(tokens(length, seed), 1000) for length in (512, 2048, 8192) for seed in (length, length + 1)]
-    test_shadow.check_little_is_recomputed(server, cases, rounds=4, generated=300, moved=4)
+    cases = [request(tokens(length, seed), 400) for length in (512, 2048, 8192) for seed in (length, length + 1)]
+    test_shadow.check_little_is_recomputed(server, cases, rounds=2, generated=100, moved=4)
 
 
 @pytest.mark.gpu(1)

@@ -42,8 +42,8 @@ def prepare() -> None:
     """Once, in a process that is to outlive its peers, before it has any.
 
     What was begun behind a collective that is given up runs on whatever that left. It is of no use to anybody, and
-    floats do no harm; but an index that is none is a fault, and CUDA lets no process outlive that. Sampled tokens are
-    the only such numbers that the ranks of a stage agree on.
+    most of it does no harm; but an index that is none is a fault, and CUDA lets no process outlive that. Sampled tokens
+    are the only such numbers that the ranks of a stage agree on.
     """
     os.environ.update(_NOT_BY_TORCH)
     agree = Sampler._sync_token_ids_across_tp
