@@ -93,7 +93,6 @@ def member(rank: int, backend: str, on_device: bool, pipe: Any) -> None:
         torch.cuda.set_device(rank % torch.cuda.device_count())
     elif on_device:
         communicators.uses_device = lambda: True
-        torch.cuda.synchronize = lambda: None  # type: ignore[assignment]
     signal.signal(LEAVE, leave)
     if on_device:
         device_aborts.prepare()

@@ -14,6 +14,7 @@ from server import START_TIMEOUT, Server
 
 #: in which a daemon that was killed is started again, and a group behind it
 FLAGS = ["--weight-cache-mode", "client", "--hold-timeout", "120"]
+MAPPED, FROM_DISK = "Weights are those of the weight cache daemon", "falling back to disk load"
 
 
 class Daemon:
@@ -47,32 +48,25 @@ class Daemon:
                 left.unlink()
 
     def forget(self) -> None:
-        """A killed one leaves its socket, which stands for one that will be there again."""
+        """What it leaves when it is killed; it removes these itself when it ends otherwise, or is started again."""
         for left in self.sockets.iterdir():
             left.unlink()
 
 
-def mapped(server: Server) -> int:
-    """How often a rank has mapped the weights of a daemon."""
-    return server.log.read_text(errors="replace").count("Weights are those of the weight cache daemon")
-
-
-def from_disk(server: Server) -> bool:
-    return "falling back to disk load" in server.log.read_text(errors="replace")
-
-
-def check_starts(world: World) -> None:
-    """A spare maps the weights beside the rank that serves, and a group that starts as a whole maps them again."""
+def check_starts(world: World, daemon: Daemon) -> None:
+    """Without a daemon, groups have loaded the weights from disk, and answer as they do with the same ones of a daemon,
+    which a spare maps beside the rank that serves, and a group that starts as a whole."""
     server = world.server
-    world.spare(0)
-    before = mapped(server)
-    assert before == 2 * server.groups
-    world.spare_takes_over(0)
-    epoch, supervisor = server.group(0)["epoch"], server.kill(0, "supervisor")
-    assert world.wait_epoch(0, epoch)["pids"]["supervisor"] != supervisor
+    _wait_said(server, FROM_DISK, 2 * server.groups)
+    daemon.start()
+    for group in range(server.groups):
+        epoch, supervisor = server.group(group)["epoch"], server.kill(group, "supervisor")
+        assert world.wait_epoch(group, epoch)["pids"]["supervisor"] != supervisor
+        _wait_said(server, MAPPED, 2 * (group + 1))
     world.check(world.ask())
-    assert mapped(server) >= before + 2
-    assert not from_disk(server)
+    world.spare_takes_over(0)
+    _wait_said(server, MAPPED, 2 * server.groups + 1)
+    assert _said(server, FROM_DISK) == 2 * server.groups
 
 
 def check_changes(world: World) -> None:
@@ -93,30 +87,29 @@ def check_changes(world: World) -> None:
 
 
 def check_death_of_the_daemon(world: World, daemon: Daemon) -> None:
-    """All ranks end with it at once, and what they ran goes on when there is one again; or none, and its files."""
+    """All ranks end with it at once, and what they ran goes on when it is there again, however long that takes."""
     server = world.server
     before = [group["pids"]["ranks"] for group in server.status()["groups"]]
     with ThreadPoolExecutor(len(CASES)) as pool:
         running = [pool.submit(case.run, server.url) for case in CASES]
         time.sleep(0.3)
         daemon.kill()
-        _wait_lost(server)
+        daemon.forget()
+        server.wait(lambda status: all(group["state"] != "ready" for group in status["groups"]), "no group serves", 30)
+        _wait_said(server, "Waiting for the weight cache daemon", server.groups)
         daemon.start()
         world.check([one.result() for one in running])
     server.wait_ready()
-    assert all(
-        group["pids"]["ranks"] != former for group, former in zip(server.status()["groups"], before, strict=True)
-    )
-    assert "the weights are its memory: this rank ends" in server.log.read_text(errors="replace")
-    assert not from_disk(server)
-
-    daemon.kill()
-    daemon.forget()
-    _wait_lost(server)
-    server.wait_ready()
-    assert from_disk(server)
-    world.check(world.ask())
+    now = [group["pids"]["ranks"] for group in server.status()["groups"]]
+    assert all(one != other for one, other in zip(before, now, strict=True))
+    assert _said(server, "the weights are its memory: this rank ends") >= server.groups
+    assert _said(server, FROM_DISK) == 2 * server.groups  # as before there was any
 
 
-def _wait_lost(server: Server) -> None:
-    server.wait(lambda status: all(group["state"] != "ready" for group in status["groups"]), "no group serves", 30)
+def _said(server: Server, words: str) -> int:
+    return server.log.read_text(errors="replace").count(words)
+
+
+def _wait_said(server: Server, words: str, times: int) -> None:
+    """By whatever process of the server: a spare says nothing that its status shows."""
+    server.wait(lambda _: _said(server, words) >= times, f"{times} times {words!r}", 120)

@@ -72,7 +72,7 @@ def test_each_communicator_is_given_up_once_though_groups_share_it() -> None:
 
 def test_tokens_that_were_not_agreed_on_can_still_be_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """An all-reduce that was given up may leave anything, and the next kernels use it as an index."""
-    monkeypatch.setattr(os, "environ", {})  # what torch is told
+    monkeypatch.setattr(os, "environ", told := {})
     left = [-(2**62), -1, 0, 511, 512, 2**62]
 
     class Sampler:
@@ -81,6 +81,7 @@ def test_tokens_that_were_not_agreed_on_can_still_be_looked_up(monkeypatch: pyte
 
     monkeypatch.setattr(device_aborts, "Sampler", Sampler)
     device_aborts.prepare()
+    assert told["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == told["TORCH_NCCL_ENABLE_MONITORING"] == "0"
     tokens = torch.zeros(6, dtype=torch.int64)
     Sampler()._sync_token_ids_across_tp(tokens, SimpleNamespace(vocab_size=512))
     assert tokens.tolist() == [0, 0, 0, 511, 511, 511]

@@ -458,7 +458,7 @@ def _refused_first(name: str) -> None:
     setattr(KevlarTokenizerManager, name, refusing)
 
 
-#: neither changes weights for good nor stops requests, so it may come while weights go from group to group
+#: may come while weights go from group to group
 _WHILE_ROLLING = ("check_weights", "release_memory_occupation", "resume_memory_occupation")
 
 for _name in (

@@ -270,7 +270,8 @@ def _plan(
         step=view.gpu_id_step,
         available=_device_count(view.device),
     )
-    if view.weight_cache_socket is not None and (ranks > 1 or len({*itertools.chain(*devices)}) > 1):
+    one_socket = view.weight_cache_mode != "off" and view.weight_cache_socket is not None
+    if one_socket and (ranks > 1 or len({*itertools.chain(*devices)}) > 1):
         raise LaunchRefused(
             f"--weight-cache-socket {view.weight_cache_socket}: is one daemon's, which has the weights of one rank on "
             "one device; leave it out, and each rank finds the daemon of its device"

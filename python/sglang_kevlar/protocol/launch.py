@@ -184,6 +184,10 @@ class Paths:
         """What a rank says of the transfer of weights that it took part in last."""
         return f"{self.run_dir}/g{group}e{epoch}.rank{rank}.weights"
 
+    def mapped(self, group: int, rank: int) -> str:
+        """There once this rank has had the weights of a weight cache daemon."""
+        return f"{self.run_dir}/g{group}.rank{rank}.mapped"
+
     def channel(self, group: int, epoch: int, name: str) -> str:
         """ZMQ endpoint of one incarnation; ``name``: tokenizer, scheduler, detokenizer, rpc, shadow0, chaos0, ..."""
         return f"ipc://{self.run_dir}/g{group}e{epoch}.{name}"

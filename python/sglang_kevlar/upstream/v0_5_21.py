@@ -522,6 +522,15 @@ _SHADOW_SEAMS = (
     _seam(
         "srt.weight_cache.ipc_loader:IpcModelLoader._start_daemon_liveness_watchdog", _RANK, signature="self daemon_pid"
     ),
+    _seam(
+        "srt.weight_cache.ipc_loader:IpcModelLoader._fetch_from_cache",
+        _RANK,
+        signature="self model_config device_config",
+    ),
+    _seam("srt.weight_cache.protocol:get_socket_path", _RANK, passes="device_uuid"),
+    _seam("srt.weight_cache.protocol:recv_msg", _RANK, passes="sock"),
+    _seam("srt.weight_cache.protocol:send_msg", _RANK, passes="sock obj"),
+    _seam("srt.platforms:current_platform", _RANK),
     _seam("srt.lora.layers:BaseLayerWithLoRA", _RANK),
     _seam("srt.managers.io_struct:BaseReq", _SPEAKERS + _RANK),
     # What may write to the weights.

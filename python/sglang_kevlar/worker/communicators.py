@@ -104,8 +104,9 @@ def release() -> None:
     if on_device:
         held = groups().values()
         _aborts.begin(held)
-        # Nothing reads pools or graphs any more when they go; and a device that faulted says so here.
-        torch.cuda.synchronize()
+        if torch.cuda.is_initialized():
+            # Nothing reads pools or graphs any more when they go; and a device that faulted says so here.
+            torch.cuda.synchronize()
         for group in held:
             # To destroy one of NCCL means to wait for all of its ranks; and after the abort it is an error.
             group.coordinator.device_group = group.coordinator.cpu_group = None

@@ -149,7 +149,7 @@ def size(model: torch.nn.Module) -> int:
 def why_not(server_args: ServerArgs, device_asked_for: bool) -> str | None:
     """Why ranks with these arguments cannot outlive an epoch; None: they can.
 
-    ``device_asked_for``: whether the operator wants it on other devices than a CPU, where it has not been shown.
+    ``device_asked_for``: whether the operator wants it on other devices than a CPU, where not all of it has been shown.
     """
     from sglang.srt.arg_groups.overrides import resolving_view
     from sglang.srt.utils import cpu_has_amx_support, is_host_cpu_arm64
@@ -157,7 +157,7 @@ def why_not(server_args: ServerArgs, device_asked_for: bool) -> str | None:
     args = resolving_view(server_args)
     on_cpu = args.device == "cpu"
     reasons = {
-        "it was not shown to work on this device (--reform on asks for it)": not on_cpu and not device_asked_for,
+        "not all of it was shown on such a device (--reform on asks for it)": not on_cpu and not device_asked_for,
         "all-reduces through shared memory are for the life of a process": on_cpu
         and args.tp_size > 1
         and (cpu_has_amx_support() or is_host_cpu_arm64()),

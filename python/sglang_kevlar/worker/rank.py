@@ -17,6 +17,7 @@ import logging
 import os
 import signal
 import weakref
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sglang_kevlar.worker.bootstrap import Incarnation, Membership, argument_parser, describe, run_member
@@ -89,7 +90,7 @@ class Rank:
         if server_args.weight_cache_mode == "client":
             from sglang_kevlar.worker import weight_cache
 
-            weight_cache.prepare()
+            weight_cache.prepare(Path(self._membership.paths.mapped(self._membership.group, self._rank)))
         if plan.kevlar.reform == "off" or plan.node is not None or self._in_place:
             return
         from sglang_kevlar.worker.kept_model import KeptModel, why_not
