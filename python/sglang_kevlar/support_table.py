@@ -165,6 +165,8 @@ REMARKS: dict[str, str] = {
     "exact with overlap too.",
     "enable_deterministic_inference": "Makes seeded sampling exact across a failover; without it SGLang "
     "ignores `sampling_seed`.",
+    "chunked_prefill_size": "With deterministic inference over Triton or FlashInfer at least 4096: SGLang never begins "
+    "a prompt that is longer than a smaller one, nor what waits behind it (sgl-project/sglang#36344).",
     "dtype": "float32 is exact. In bf16 and fp16 a moved request goes on as it would have only with the shadow, and "
     "not when it has to be prefilled again: prefill and decode round differently.",
     "kv_cache_dtype": "Of all groups: the shadow is of this type. fp8 needs CUDA (or AMX), and is not tested.",

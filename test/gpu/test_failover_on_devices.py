@@ -14,7 +14,7 @@ from server import Server
 from test_shadow import request, tokens, wait_linked
 
 #: With deterministic inference upstream cuts prompts at multiples of 4096 tokens: with smaller chunks it never begins
-#: one that is longer than a chunk, and none behind it.
+#: one that is longer than a chunk, and none behind it (sgl-project/sglang#36344).
 FLAGS = [*KERNELS, *POOL, "--gpu-id-step", "0", "--chunked-prefill-size", "4096"]
 FLAGS += ["--restart-backoff", "0.1", "--max-redirects", "50"]
 
