@@ -131,12 +131,12 @@ class Group:
         self.status = b""
         self.pids: set[int] = set()
 
-    def configure(self, **settings: Any) -> None:
+    def configure(self, on_device: bool = False, **settings: Any) -> None:
         quick = {"restart_backoff": 0.05, "restart_backoff_max": 0.4, "reform": "off"}
         kevlar = KevlarArgs(**{**quick, **settings})
         plan = LaunchPlan(
             version=1, upstream="", launch_id=LAUNCH_ID, kevlar=kevlar, tp_size=2, pp_size=1, gpu_ids=[[0, 0]],
-            host="", port=0, server_args_file="",
+            on_device=on_device, host="", port=0, server_args_file="",
         )  # fmt: skip
         Path(self.paths.plan).write_bytes(msgspec.json.encode(plan))
 

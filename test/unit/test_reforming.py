@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from supervised_group import Group, alive, eventually, pid_of
 
-from sglang_kevlar.control.reforming import Reforming
+from sglang_kevlar.control.reforming import LEAVE_WITHIN, Reforming
 from sglang_kevlar.protocol.group import GroupReport
 
 RANKS = ("rank0", "rank1")
@@ -255,6 +255,25 @@ def test_a_rank_that_does_not_leave_is_killed(group: Group) -> None:
     os.kill(pid_of(first, "rank1"), signal.SIGKILL)
     second = group.ready(after=1)
     assert pid_of(second, "rank0") != pid_of(first, "rank0")
+
+
+def test_a_rank_on_a_device_may_take_longer_to_leave(group: Group) -> None:
+    group.behave(
+        "rank0.serve",
+        """
+        asked = []
+        def late(*_):
+            asked.append(time.monotonic())
+            if asked[-1] - asked[0] > LEAVE_WITHIN + 0.5:
+                raise Left
+        signal.signal(signal.SIGUSR2, late)
+        """.replace("LEAVE_WITHIN", str(LEAVE_WITHIN)),
+    )
+    group.configure(reform="auto", on_device=True)
+    group.start()
+    first = group.ready()
+    os.kill(pid_of(first, "rank1"), signal.SIGKILL)
+    assert pid_of(group.ready(after=1), "rank0") == pid_of(first, "rank0")
 
 
 def test_a_request_to_leave_that_nobody_heard_is_made_again(group: Group) -> None:

@@ -14,20 +14,11 @@ from typing import TYPE_CHECKING, Any
 import sglang.srt.managers.scheduler as upstream
 import torch
 from sglang.srt.distributed import bootstrap
-from sglang.srt.managers.io_struct import (
-    BeginWeightUpdateReqInput,
-    CheckWeightsReqInput,
-    ReleaseMemoryOccupationReqInput,
-    UpdateWeightFromDiskReqInput,
-    UpdateWeightsFromDistributedReqInput,
-    UpdateWeightsFromIPCReqInput,
-    UpdateWeightsFromTensorReqInput,
-)
 from sglang.srt.model_executor import model_runner
 from sglang.srt.runtime_context import SpawnRanks, publish, spawn_world_rank
 
 from sglang_kevlar.worker import communicators, weight_cache
-from sglang_kevlar.worker.weights.messages import FetchWeightsReq
+from sglang_kevlar.worker.weights.messages import WRITERS, FetchWeightsReq
 
 if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
@@ -35,16 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 #: after which the weights are no longer those that a load would give, or may not be there
-_CHANGES = (
-    BeginWeightUpdateReqInput,
-    CheckWeightsReqInput,  # may overwrite them
-    FetchWeightsReq,
-    ReleaseMemoryOccupationReqInput,
-    UpdateWeightFromDiskReqInput,
-    UpdateWeightsFromDistributedReqInput,
-    UpdateWeightsFromIPCReqInput,
-    UpdateWeightsFromTensorReqInput,
-)
+_CHANGES = (*WRITERS, FetchWeightsReq)
 
 _GB = 1 << 30
 

@@ -104,15 +104,16 @@ class Rank:
                 # The spares of some ranks take memory of their devices, which is no reason not to start.
                 os.environ.setdefault("SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK", "false")
             retirement.prepare()
-            if server_args.device != "cpu":
+            if plan.on_device:
                 from sglang_kevlar.worker import device_aborts
 
-                device_aborts.prepare()
+                if plan.tp_size * plan.pp_size > 1:
+                    device_aborts.prepare()
             self._names = retirement.Names()
             self._kept = KeptModel()
             self._kept.load(server_args, gpu_id, self._tp_rank, self._pp_rank)
             signal.signal(LEAVE, self._on_leave)
-            if server_args.device != "cpu":
+            if plan.on_device:
                 from sglang_kevlar.worker import communicators
 
                 self._rescue = device_aborts.Rescue(LEAVE, lambda: self._in_loop, communicators.give_up)

@@ -37,8 +37,9 @@ _watched: set[int] = set()
 def prepare(mapped_once: Path) -> None:
     """Once, before weights are loaded. ``mapped_once``: a file that says that this rank has had those of a daemon.
 
-    From then on it waits for one, for as long as its group may take to start. Upstream would load from disk where none
-    listens, and one that is started again listens only when it has loaded, too: the device would hold them twice.
+    From then on it waits for one: for as long as its group may take to start, a spare without end. Upstream would load
+    from disk where none listens, and one that is started again listens only when it has loaded, too: the device would
+    hold them twice.
     """
     fetch = IpcModelLoader._fetch_from_cache
 
@@ -96,7 +97,9 @@ def _end_with(path: str, daemon: int | None) -> None:
     Raises RuntimeError when its death could not be seen.
     """
     seen = _daemon_at(path)
-    if daemon is None or daemon != seen:
+    if seen is None:
+        raise RuntimeError(f"the weight cache daemon at {path} does not answer any more")
+    if daemon != seen:
         raise RuntimeError(
             f"the weight cache daemon at {path} says that it is process {daemon}, and from here it is {seen}: its "
             "death would not be seen. Both must be in one PID namespace"

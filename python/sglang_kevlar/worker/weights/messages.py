@@ -3,7 +3,31 @@
 from __future__ import annotations
 
 import msgspec
-from sglang.srt.managers.io_struct import BaseReq
+from sglang.srt.managers.io_struct import (
+    BaseReq,
+    BeginWeightUpdateReqInput,
+    CheckWeightsReqInput,
+    EndWeightUpdateReqInput,
+    ReleaseMemoryOccupationReqInput,
+    ResumeMemoryOccupationReqInput,
+    UpdateWeightFromDiskReqInput,
+    UpdateWeightsFromDistributedReqInput,
+    UpdateWeightsFromIPCReqInput,
+    UpdateWeightsFromTensorReqInput,
+)
+
+#: what may write to the weights. Some of `CheckWeightsReqInput` does, too.
+WRITERS = (
+    BeginWeightUpdateReqInput,
+    CheckWeightsReqInput,
+    EndWeightUpdateReqInput,
+    ReleaseMemoryOccupationReqInput,
+    ResumeMemoryOccupationReqInput,
+    UpdateWeightFromDiskReqInput,
+    UpdateWeightsFromDistributedReqInput,
+    UpdateWeightsFromIPCReqInput,
+    UpdateWeightsFromTensorReqInput,
+)
 
 
 class ServeWeightsReq(BaseReq, kw_only=True):  # type: ignore[call-arg, misc]

@@ -15,17 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 from sglang.srt.constants import GPU_MEMORY_TYPE_WEIGHTS
-from sglang.srt.managers.io_struct import (
-    BeginWeightUpdateReqInput,
-    CheckWeightsReqInput,
-    EndWeightUpdateReqInput,
-    ReleaseMemoryOccupationReqInput,
-    ResumeMemoryOccupationReqInput,
-    UpdateWeightFromDiskReqInput,
-    UpdateWeightsFromDistributedReqInput,
-    UpdateWeightsFromIPCReqInput,
-    UpdateWeightsFromTensorReqInput,
-)
 from sglang.srt.runtime_context import get_model
 
 from sglang_kevlar.cluster import keys
@@ -35,6 +24,7 @@ from sglang_kevlar.shadow.sockets import Network
 from sglang_kevlar.transport import TransportError
 from sglang_kevlar.worker.weights.memory import NoPlainMemory, WeightMemory
 from sglang_kevlar.worker.weights.messages import (
+    WRITERS,
     FetchWeightsReq,
     FetchWeightsReqOutput,
     ServeWeightsReq,
@@ -56,19 +46,6 @@ GRACE = 5.0
 #: seconds between two looks for them
 _INTERVAL = 0.02
 _CHANGING = "its weights are just being changed"
-
-#: what may write to the weights. Some of `CheckWeightsReqInput` does, too.
-_CHANGES = (
-    BeginWeightUpdateReqInput,
-    CheckWeightsReqInput,
-    EndWeightUpdateReqInput,
-    ReleaseMemoryOccupationReqInput,
-    ResumeMemoryOccupationReqInput,
-    UpdateWeightFromDiskReqInput,
-    UpdateWeightsFromDistributedReqInput,
-    UpdateWeightsFromIPCReqInput,
-    UpdateWeightsFromTensorReqInput,
-)
 
 
 class RankWeights:
@@ -97,7 +74,7 @@ class RankWeights:
 
     def before(self, requests: list[Any]) -> None:
         """They are about to be acted on, in this order: whoever reads the weights stops if one changes them."""
-        self._changing = any(isinstance(request, _CHANGES) for request in requests)
+        self._changing = any(isinstance(request, WRITERS) for request in requests)
         if self._changing:
             self._stop_serving(_CHANGING, busy=True)
 
