@@ -279,7 +279,8 @@ def test_orders_of_a_frontend_reach_the_group(play) -> None:
     async def script(w: World) -> None:
         w.second.sessions.kill(0, w.second.channel.epoch, "an operator", planned=True)
         await w.until(lambda: bool(w.group.killed), "killed")
-        assert w.group.killed == [(1, "an operator", True)]
+        # Asked for again while the group still says that it is ready: a kill may get lost.
+        assert set(w.group.killed) == {(1, "an operator", True)}
         assert [event.kind for event in w.second.of(GroupLost)] == ["operator"] and w.second.of(GroupKill)
         assert not w.first.of(GroupLost), "for the others it is lost when it is"
 
