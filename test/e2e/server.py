@@ -25,13 +25,19 @@ START_TIMEOUT = 300.0
 RESTART = ("--restart-backoff-max", "2")
 
 
+_given: set[int] = set()
+
+
 def free_port() -> int:
-    """A free port below the ephemeral ones: polling one of those while nobody listens can connect to itself."""
+    """A free port below the ephemeral ones: polling one of those while nobody listens can connect to itself. Each is
+    given once: who asks for two uses neither before it has both."""
     while True:
         port = random.randrange(20_000, 32_000)
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
-            return port
+            if port not in _given:
+                _given.add(port)
+                return port
 
 
 class Server:
