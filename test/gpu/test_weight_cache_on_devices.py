@@ -37,30 +37,32 @@ def files(directory: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def world(models: Path, daemon: weight_cache.Daemon, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+def mapped(models: Path, daemon: weight_cache.Daemon, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     flags = [*KERNELS, *POOL, *weight_cache.FLAGS, "--reform", "on", "--spare-ranks", "1", *MANY]
     log = tmp_path_factory.mktemp("mapped") / "log"
     server = Server(models / MODEL, log, *flags, groups=1, env=files(daemon.sockets.parent))
     try:
         server.wait_ready()
-        yield World(server)
+        world = World(server)
+        weight_cache.attach(world, daemon)
+        yield world
     finally:
         server.stop()
 
 
 @pytest.mark.gpu(1)
 @pytest.mark.timeout(1800)
-def test_ranks_and_spares_map_the_weights_of_a_daemon(world: World, daemon: weight_cache.Daemon) -> None:
-    weight_cache.check_starts(world, daemon)
+def test_ranks_and_spares_map_the_weights_of_a_daemon(mapped: World) -> None:
+    weight_cache.check_who_maps(mapped)
 
 
 @pytest.mark.gpu(1)
 @pytest.mark.timeout(1800)
-def test_weights_of_a_daemon_are_not_changed(world: World) -> None:
-    weight_cache.check_changes(world)
+def test_weights_of_a_daemon_are_not_changed(mapped: World) -> None:
+    weight_cache.check_changes(mapped)
 
 
 @pytest.mark.gpu(1)
 @pytest.mark.timeout(1800)
-def test_the_daemon_dies_and_comes_back(world: World, daemon: weight_cache.Daemon) -> None:
-    weight_cache.check_death_of_the_daemon(world, daemon)
+def test_the_daemon_dies_and_comes_back(mapped: World, daemon: weight_cache.Daemon) -> None:
+    weight_cache.check_death_of_the_daemon(mapped, daemon)

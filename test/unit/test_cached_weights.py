@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -24,6 +23,7 @@ from fastapi import HTTPException  # noqa: E402
 from sglang.srt.managers import io_struct  # noqa: E402
 
 from sglang_kevlar.frontend import cached_weights  # noqa: E402
+from sglang_kevlar.protocol.launch import EXIT_WEIGHTS_GONE  # noqa: E402
 from sglang_kevlar.worker import weight_cache  # noqa: E402
 from sglang_kevlar.worker.weights import rank as rank_module  # noqa: E402
 from sglang_kevlar.worker.weights.messages import FetchWeightsReq  # noqa: E402
@@ -82,21 +82,21 @@ def test_a_rank_ends_with_its_daemon_at_once(tmp_path: Path) -> None:
         assert rank.poll() is None
         daemon.kill()
         # Upstream would look after up to five seconds, and not see one that nobody has waited for.
-        assert rank.wait(4) == -signal.SIGKILL
+        assert rank.wait(4) == EXIT_WEIGHTS_GONE
         assert f"daemon (pid {daemon.pid}) died" in rank.stderr.read()
 
 
 def test_a_log_that_is_held_up_does_not_keep_it(monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[int] = []
     held_up = threading.Event()
-    monkeypatch.setattr(os, "kill", lambda pid, number: ended.append(number))
+    monkeypatch.setattr(os, "_exit", ended.append)
     monkeypatch.setattr(weight_cache.logger, "critical", lambda why: held_up.wait())
     with subprocess.Popen(["true"]) as gone:
         watched = os.pidfd_open(gone.pid)
         weight_cache._watch(watched, gone.pid)
         os.close(watched)
     held_up.set()
-    assert ended == [signal.SIGKILL]
+    assert ended == [EXIT_WEIGHTS_GONE]
 
 
 def test_weights_of_a_daemon_that_cannot_be_watched_are_not_taken(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from supervised_group import LAUNCH_ID, Group, alive, eventually, pid_of
 
 from sglang_kevlar.launcher.process import identify
-from sglang_kevlar.protocol.launch import EXIT_CONFIG, instance_id
+from sglang_kevlar.protocol.launch import EXIT_CONFIG, EXIT_WEIGHTS_GONE, instance_id
 
 
 @pytest.fixture(params=[False, True], ids=["cold", "warm"])
@@ -137,6 +137,13 @@ def test_configuration_error_of_a_member_ends_it(group: Group) -> None:
     group.behave("rank1", f"sys.exit({EXIT_CONFIG})")
     group.start()
     assert group.wait() == EXIT_CONFIG
+
+
+def test_a_rank_whose_weights_are_gone_says_why(group: Group) -> None:
+    group.behave("rank1", f"print('something else', file=sys.stderr, flush=True); os._exit({EXIT_WEIGHTS_GONE})")
+    group.start()
+    down = group.report(lambda r: r.phase == "down")
+    assert "ended because the weight cache daemon died" in down.cause and "something else" not in down.cause
 
 
 def test_kill_from_the_frontend_counts_only_for_this_epoch(group: Group) -> None:

@@ -15,6 +15,8 @@ PROTOCOL_VERSION = 1
 EXIT_CONFIG = 78
 #: Exit status of a supervisor whose first start failed, when it was told not to try again by itself.
 EXIT_FAILED_START = 79
+#: Exit status of a rank whose weights were those of a weight cache daemon that died.
+EXIT_WEIGHTS_GONE = 80
 
 
 class KevlarArgs(msgspec.Struct, frozen=True, kw_only=True):

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from sglang_kevlar.launcher.process import describe_exit, spawn
 from sglang_kevlar.launcher.status import StatusReader
-from sglang_kevlar.protocol.launch import member_record
+from sglang_kevlar.protocol.launch import EXIT_WEIGHTS_GONE, member_record
 from sglang_kevlar.worker.orders import Order, OrderWriter
 from sglang_kevlar.worker.stderr import MemberStderr
 from sglang_kevlar.worker.warm_start import WarmStart
@@ -83,7 +83,10 @@ class Member:
 
     def describe_exit(self, status: int) -> str:
         """How it ended, and what it said last, if that can be the reason."""
-        told = f"{self.name} (pid {self.process.pid}) {describe_exit(status)}"
+        who = f"{self.name} (pid {self.process.pid})"
+        if status == EXIT_WEIGHTS_GONE:
+            return f"{who} ended because the weight cache daemon died, whose memory its weights were"
+        told = f"{who} {describe_exit(status)}"
         # Killed from outside: whatever it wrote before has nothing to do with it.
         quoted = status not in (0, -signal.SIGKILL, -signal.SIGTERM) and self.stderr.last_error()
         return f"{told}: {quoted}" if quoted else told

@@ -39,7 +39,7 @@ from sglang_kevlar.protocol.group import (
     KillGroup,
     ProcessRef,
 )
-from sglang_kevlar.protocol.launch import EXIT_CONFIG, LaunchPlan, Paths
+from sglang_kevlar.protocol.launch import EXIT_CONFIG, EXIT_WEIGHTS_GONE, LaunchPlan, Paths
 from sglang_kevlar.worker import group_files
 from sglang_kevlar.worker.engine_group import Commands, Meeting, engine_commands, meeting_port
 from sglang_kevlar.worker.member import Member
@@ -195,7 +195,7 @@ class Supervisor(Course[Member]):
         self._hear(member)  # its last words may say more than its status
         while data := member.stderr.read():
             self._terminal.write(data)
-        by_itself = status not in (-signal.SIGKILL, -signal.SIGTERM)
+        by_itself = status not in (-signal.SIGKILL, -signal.SIGTERM, EXIT_WEIGHTS_GONE)
         self._on_dead(member, member.describe_exit(status), by_itself=by_itself, hopeless=status == EXIT_CONFIG)
         self._unwatch(member.ready_fd)
         self._unwatch(member.stderr.fileno())

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import select
-import signal
 import socket
 import struct
 import threading
@@ -20,6 +19,8 @@ from typing import Any
 from sglang.srt.platforms import current_platform
 from sglang.srt.weight_cache.ipc_loader import IpcModelLoader
 from sglang.srt.weight_cache.protocol import get_socket_path, recv_msg, send_msg
+
+from sglang_kevlar.protocol.launch import EXIT_WEIGHTS_GONE
 
 logger = logging.getLogger(__name__)
 
@@ -123,4 +124,4 @@ def _watch(watched: int, daemon: int) -> None:
     words = threading.Thread(target=logger.critical, args=(why,), daemon=True)
     words.start()
     words.join(_LAST_WORDS)
-    os.kill(os.getpid(), signal.SIGKILL)
+    os._exit(EXIT_WEIGHTS_GONE)
