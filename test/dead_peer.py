@@ -9,6 +9,7 @@ import gc
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -76,13 +77,37 @@ class Sums:
         dist.all_reduce(counts, group=self.group.device_group)
         assert counts.sum() == 16
 
+    def request(self) -> None:
+        """What the first rank has for the others, when there is a request."""
+        dist.broadcast_object_list([None], src=0, group=self.group.cpu_group)
+
+    def nothing(self) -> None:
+        while True:
+            time.sleep(0.01)
+
     def _sum(self, how: Any) -> list[float]:
         each = torch.full((8,), self.rank + 1.0, device=self.group.device)
         how(each)
         return list(each.tolist())
 
 
-def member(rank: int, backend: str, on_device: bool, pipe: Any) -> None:
+class StandIn:
+    """For PyNCCL where there is no device: to give it up takes until its graphs are gone, and then until its peers give
+    it up, too. It holds the group of CPUs, as upstream's does."""
+
+    available, comm = True, 1
+
+    def __init__(self, group: Any, graphs_gone: threading.Event, peers: Any) -> None:
+        self.group = group
+
+        def abort(_: int) -> None:
+            graphs_gone.wait(PATIENCE)
+            peers.wait(PATIENCE)
+
+        self.nccl = SimpleNamespace(lib={"ncclCommAbort": abort}, NCCL_CHECK=lambda _: None)
+
+
+def member(rank: int, backend: str, on_device: bool, pipe: Any, peers: Any) -> None:
     loop: object | None = None
 
     def leave(*_: object) -> None:
@@ -102,16 +127,19 @@ def member(rank: int, backend: str, on_device: bool, pipe: Any) -> None:
         sums.check()
         sums.tokens()
         pipe.send("met")
-        how = sums.check if pipe.recv() == "sums" else sums.tokens
+        way, graphs_gone = pipe.recv(), threading.Event()
+        if backend == "gloo" and on_device and way in ("request", "nothing"):
+            sums.group.pynccl_comm = StandIn(sums.group.cpu_group, graphs_gone, peers)
         loop = object()
         try:
-            how()
+            getattr(sums, way)()
             raise AssertionError("nobody was there, and it went on")
         except (Left, RuntimeError):
             loop = None
-        del sums, how
+        del sums
         communicators.release()
         gc.collect()
+        graphs_gone.set()
         communicators.finish()
         pipe.send("left")
 
@@ -123,11 +151,12 @@ class Pair:
         # A process that has used the driver of its GPUs cannot be forked.
         self._context: Any = multiprocessing.get_context("spawn" if backend == "nccl" else "fork")
         self._how = backend, on_device
+        self._peers = self._context.Barrier(2)
         self._members = [self._start(rank) for rank in range(2)]
 
     def _start(self, rank: int) -> tuple[Any, Any]:
         ours, theirs = self._context.Pipe()
-        process = self._context.Process(target=member, args=(rank, *self._how, theirs), daemon=True)
+        process = self._context.Process(target=member, args=(rank, *self._how, theirs, self._peers), daemon=True)
         process.start()
         theirs.close()
         return process, ours
@@ -162,6 +191,18 @@ class Pair:
         assert self._members[other][0].pid == pid
         self._members[rank] = self._start(rank)
 
+    def leave(self) -> None:
+        """Nobody is dead, and both are asked to leave; one waits for the other, and hears nothing."""
+        pids = [process.pid for process, _ in self._members]
+        for (_, pipe), way in zip(self._members, ("nothing", "request"), strict=True):
+            pipe.send(way)
+        time.sleep(0.2)
+        for pid in pids:
+            os.kill(pid, LEAVE)
+        for rank in range(2):
+            self._hear(rank, "left", LEAVE_WITHIN_ON_DEVICE)
+        assert [process.pid for process, _ in self._members] == pids
+
     def end(self) -> None:
         for process, pipe in self._members:
             process.kill()
@@ -173,8 +214,10 @@ def lose_peers(backend: str, on_device: bool) -> None:
     pair = Pair(backend, on_device)
     try:
         pair.meet()
-        for rank, waits_for in ((1, "sums"), (0, "sums"), (1, "tokens"), (0, "tokens")):
+        for rank, waits_for in ((1, "check"), (0, "check"), (1, "tokens"), (0, "tokens")):
             pair.lose(rank, waits_for)
             pair.meet()
+        pair.leave()
+        pair.meet()
     finally:
         pair.end()

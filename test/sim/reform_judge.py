@@ -114,6 +114,11 @@ class Judge:
         self._ended_at = self._begin_after = now
         self._quit = None
         self._judge_end(by_itself, now)
+        if how == "restart":
+            # An operator's: all that failed is tried again.
+            self.failed_reforms = self.failed_loads = 0
+            self.rests_until = self.loads_in_place_until = 0.0
+            self._on_trial = False
         if not served or self.reforms_rest(now):
             self._barred |= {process.pid for process in everybody}
             if how != "restart":

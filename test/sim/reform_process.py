@@ -188,3 +188,5 @@ class Warmth:
         assert not self.world.course.reformed, "forks are blamed for a re-form"
 
     def succeeded(self) -> None: ...
+    def forget(self) -> bool:
+        return False

@@ -271,7 +271,7 @@ class World:
             elif self.now >= self.gives_up[1]:
                 course._on_kill_order(course._epoch, FENCE, planned=False)
                 course.wakes_at = 0.0
-        elif course._phase == "ready" and self.faults.strike("operator restarts", 0.0003):
+        elif course._phase == "ready" and self.faults.strike("operator restarts", 0.0003 + 0.001 * self.resting()):
             course._on_kill_order(course._epoch, RESTART, planned=True)
             course.wakes_at = 0.0
             assert course._phase == "down", "an operator's restart is not done"
@@ -279,6 +279,10 @@ class World:
             phase = course._phase
             course._on_kill_order(course._epoch - 1, "late", planned=True)
             assert course._phase == phase, "an order for an epoch that is over ends another"
+
+    def resting(self) -> bool:
+        """Something is set aside, which an operator may know, and have mended what failed."""
+        return self.judge.reforms_rest(self.now) or self.now < self.judge.loads_in_place_until
 
     def check(self) -> None:
         course = self.course

@@ -170,9 +170,26 @@ def test_a_guilty_rank_that_stays_is_noticed():
 def test_old_ranks_after_an_operators_restart_are_noticed():
     class Sparing(Group):
         def _end_epoch(self, cause: str, **how: Any) -> None:
+            if how.get("planned"):
+                self._reforming.forget(self._clock())
             super()._end_epoch(cause, **{**how, "planned": False})
 
     caught("must not be used again", Sparing)
+
+
+@pytest.mark.parametrize("what", ["_trust", "_loading"])
+def test_an_operators_restart_that_does_not_forget_what_failed_is_noticed(monkeypatch, what):
+    forget = Reforming.forget
+
+    def but_for(self: Reforming, now: float) -> bool:
+        kept = getattr(self, what)
+        setattr(self, what, Breaker(1, 1.0, 1.0))
+        aside = forget(self, now)
+        setattr(self, what, kept)
+        return aside
+
+    monkeypatch.setattr(Reforming, "forget", but_for)
+    caught("another is not kept|not loaded as they must be|two things are tried at once", seeds=200)
 
 
 def test_an_order_for_another_epoch_that_counts_is_noticed():

@@ -79,12 +79,38 @@ def test_tokens_that_were_not_agreed_on_can_still_be_looked_up(monkeypatch: pyte
         def _sync_token_ids_across_tp(self, tokens: torch.Tensor, sampling: Any) -> None:
             tokens.copy_(torch.tensor(left))
 
+        def _preprocess_logits(self, logits: torch.Tensor, sampling: Any) -> torch.Tensor:
+            return logits
+
     monkeypatch.setattr(device_aborts, "Sampler", Sampler)
     device_aborts.prepare()
     assert told["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == told["TORCH_NCCL_ENABLE_MONITORING"] == "0"
     tokens = torch.zeros(6, dtype=torch.int64)
     Sampler()._sync_token_ids_across_tp(tokens, SimpleNamespace(vocab_size=512))
     assert tokens.tolist() == [0, 0, 0, 511, 511, 511]
+
+
+def test_tokens_are_drawn_of_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch asserts that, on the device; logits that were gathered from a dead rank may be anything."""
+    monkeypatch.setattr(os, "environ", {})
+
+    class Sampler:
+        _sync_token_ids_across_tp = None
+
+        def _preprocess_logits(self, logits: torch.Tensor, sampling: Any) -> torch.Tensor:
+            return logits
+
+    monkeypatch.setattr(device_aborts, "Sampler", Sampler)
+    device_aborts.prepare()
+    nan, inf = float("nan"), float("inf")
+    logits = torch.tensor([[nan, nan, nan, nan], [inf, 1.0, -inf, nan], [1.0, 2.0, -inf, 3.0]])
+    for kind in (torch.float32, torch.bfloat16):
+        taken = Sampler()._preprocess_logits(given := logits.to(kind), None)
+        assert taken is given
+        probabilities = torch.softmax(taken.float(), dim=-1)
+        torch.multinomial(probabilities, 1)
+        assert probabilities[0].tolist() == [0.25] * 4 and probabilities[1].tolist() == [1, 0, 0, 0]
+        assert taken[2].tolist() == [1, 2, -inf, 3]
 
 
 def test_one_that_waits_for_its_graphs_does_not_keep_the_others_waiting() -> None:

@@ -348,6 +348,25 @@ def test_after_two_failed_reforms_a_group_starts_whole_and_says_for_how_long(gro
     assert "SIGKILL" in died
 
 
+def test_an_operators_restart_has_reforms_tried_again(group: Group) -> None:
+    group.behave("rank1.load", "if os.path.exists(f'{run_dir}/bad'): os.unlink(f'{run_dir}/bad'); os._exit(7)")
+    group.start()
+    report = group.ready()
+    for _ in range(2):
+        (group.run_dir / "bad").touch()
+        os.kill(pid_of(report, "rank1"), signal.SIGKILL)
+        report = group.ready(after=report.epoch + 1)
+    group.kill_group(report.epoch, planned=True)
+    restarted = group.ready(after=report.epoch)
+    os.kill(pid_of(restarted, "rank1"), signal.SIGKILL)
+    assert group.ready(after=restarted.epoch).formed == "reformed"
+    assert group.process is not None and group.process.stderr is not None
+    group.process.send_signal(signal.SIGTERM)
+    log = group.process.stderr.read().decode()
+    assert group.wait() == 0
+    assert log.count("what was set aside is tried again") == 1
+
+
 def test_a_reform_that_hangs_is_followed_by_a_whole_start(group: Group) -> None:
     group.configure(reform="auto", start_timeout=2.0)
     group.behave("rank1.load", "if os.path.exists(f'{run_dir}/stuck'): time.sleep(1000)")

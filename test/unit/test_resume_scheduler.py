@@ -199,6 +199,32 @@ def test_heartbeat_states_the_tokens_that_may_be_waited_for(scheduler: Any, beat
     assert beats.seen == [4000, 4002, 5, "idle", 1]
 
 
+class Over(BaseException):
+    pass
+
+
+def test_what_a_pass_computed_is_copied_when_it_is_done_and_not_when_the_epoch_is_over(
+    scheduler: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a device the pass may still wait for another rank, and one that is given up leaves anything behind."""
+    order: list[str] = []
+    exporter = SimpleNamespace(before_result=lambda _: order.append("copied"), after_result=lambda _: None)
+    auditor = SimpleNamespace(before_result=lambda _: order.append("audited"))
+    scheduler.shadow, scheduler._promoter = SimpleNamespace(exporter=exporter), SimpleNamespace(auditor=auditor)
+    scheduler._forced = SimpleNamespace(check=lambda _: None)
+    monkeypatch.setattr(Scheduler, "process_batch_result", lambda *_: order.append("processed"))
+    done = SimpleNamespace(synchronize=lambda: order.append("done"))
+    scheduler.process_batch_result(batch(1), SimpleNamespace(copy_done=done))
+    assert order == ["done", "copied", "audited", "processed"]
+
+    def leave() -> None:
+        raise Over
+
+    with pytest.raises(Over):
+        scheduler.process_batch_result(batch(1), SimpleNamespace(copy_done=SimpleNamespace(synchronize=leave)))
+    assert len(order) == 4
+
+
 def test_heartbeat_of_control_requests_and_pauses(scheduler: Any, beats: Beats) -> None:
     scheduler.run_batch(batch(2))
     scheduler.process_input_requests([])

@@ -192,6 +192,21 @@ def test_what_fails_twice_as_a_fork_and_not_cold_is_not_forked_again(group: Grou
     eventually(lambda: not any(alive(pid) for pid in templates(group)))
 
 
+def test_an_operators_restart_has_forks_tried_again(group: Group) -> None:
+    group.behave("rank1", FORK_ONLY % "os.path.exists(f'{run_dir}/bad')")
+    (group.run_dir / "bad").touch()
+    group.start()
+    for after in (0, 2):
+        report = group.ready(after=after)
+        os.kill(pid_of(report, "rank1"), signal.SIGKILL)
+    cold = group.ready(after=4)
+    assert not is_warm(cold)
+    (group.run_dir / "bad").unlink()
+    group.kill_group(cold.epoch, planned=True)
+    assert is_warm(group.ready(after=cold.epoch))
+    assert "what was set aside is tried again" in log(group)
+
+
 def test_a_fork_that_failed_is_forgiven_when_one_works(group: Group) -> None:
     group.behave("rank1", FORK_ONLY % "int(epoch) in (1, 4)")
     group.start()

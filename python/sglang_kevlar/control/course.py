@@ -65,6 +65,7 @@ class Warmth(Protocol):
     def begin(self, cold: bool) -> None: ...
     def failed(self) -> None: ...
     def succeeded(self) -> None: ...
+    def forget(self) -> bool: ...
 
 
 M = TypeVar("M", bound=Occupant)
@@ -398,8 +399,14 @@ class Course(ABC, Generic[M]):
         ]
         served_for = None if self._ready_at is None else now - self._ready_at
         self._reforming.ended(served_for, by_itself, now)
-        # Spares are none while re-forms are set aside.
-        self._spare_at = max(self._spare_at, self._reforming.rests_until)
+        if planned:
+            # Who asks for new processes may have put right what failed.
+            self._spare_at, aside = now, [self._reforming.forget(now), self._warmth.forget()]
+            news = ["what was set aside is tried again"] if any(aside) else []
+        else:
+            # Spares are none while re-forms are set aside.
+            self._spare_at = max(self._spare_at, self._reforming.rests_until)
+            news = self._reforming.set_aside(now)
         survivors = self._reforming.survivors(served, planned or whole, alone, now)
         keeps_spares = self._reforming.keeps_spares(served, now)
         failed, self._failed_loops, self._failed_deadline = self._failed_loops, {}, float("inf")
@@ -424,7 +431,7 @@ class Course(ABC, Generic[M]):
                 self._left, self._spares = {}, {}
                 for member in self._doomed:
                     member.process.kill()
-            what_next = "; ".join([self._what_next(delay), *self._reforming.set_aside(now)])
+            what_next = "; ".join([self._what_next(delay), *news])
             self._log(f"epoch {self._epoch} ended: {cause}; {what_next}")
             hopeless = self._ready_at is None and not passing and not self._warmth.suspect
             hopeless = hopeless and not self._reforming.suspect

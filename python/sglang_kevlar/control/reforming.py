@@ -121,6 +121,14 @@ class Reforming:
             first = self._allowed and not self.loads_in_place
             self.suspect, self._proved = first and not self._proved, self._proved and not first
 
+    def forget(self, now: float) -> bool:
+        """What failed before may have been put right. Whether something was set aside for it."""
+        aside = self._trust.is_open(now) or self._loading.is_open(now)
+        self._trust.worked()
+        self._loading.worked()
+        self.suspect = False
+        return aside
+
     def set_aside(self, now: float) -> list[str]:
         """What is not done for now, until when and why; for the log, as is `tried_again`."""
         texts = []

@@ -98,18 +98,19 @@ def give_up() -> None:
 def release() -> None:
     """Leave all groups, and have upstream forget the engine that used them: settings, buffers, expert locations.
 
-    Gloo closes its connections, at which others see it, with the last reference to a group.
+    Gloo closes its connections, at which others see it, with the last reference to a group. Not only in `finish`, which
+    waits for NCCL, which may wait for those others.
     """
     on_device = uses_device()
     if on_device:
-        held = groups().values()
-        _aborts.begin(held)
+        give_up()
         if torch.cuda.is_initialized():
             # Nothing reads pools or graphs any more when they go; and a device that faulted says so here.
             torch.cuda.synchronize()
-        for group in held:
+        for group in groups().values():
             # To destroy one of NCCL means to wait for all of its ranks; and after the abort it is an error.
-            group.coordinator.device_group = group.coordinator.cpu_group = None
+            group.coordinator.device_group = None
+            group.coordinator.destroy()
     parallel_state.destroy_model_parallel()
     if not on_device:
         parallel_state.destroy_distributed_environment()

@@ -29,13 +29,19 @@ logger = logging.getLogger(__name__)
 #: seconds for a loop to leave by itself when it is asked to
 BY_ITSELF = 0.1
 #: What torch does by itself when NCCL tells it that a peer is gone: its watchdog sleeps for a minute, for others to
-#: write down what they were at, with the lock that every collective takes, and then ends the process.
+#: write down what they were at, with the lock that every collective takes, and then ends the process. With that lock it
+#: also prints where each collective was called; and to look for ranks out of step undoes the first of these.
 _NOT_BY_TORCH = {
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
     "TORCH_NCCL_ENABLE_MONITORING": "0",
     "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "1",
+    "TORCH_NCCL_DESYNC_DEBUG": "0",
+    "TORCH_FR_BUFFER_SIZE": "0",
+    "TORCH_NCCL_TRACE_BUFFER_SIZE": "0",
 }
+#: a logit in place of one that is no number; in half precision, too
+_UNLIKELY = -1e4
 
 
 def prepare() -> None:
@@ -43,16 +49,23 @@ def prepare() -> None:
 
     What was begun behind a collective that is given up runs on whatever that left. It is of no use to anybody, and
     most of it does no harm; but an index that is none is a fault, and CUDA lets no process outlive that. Sampled tokens
-    are the only such numbers that the ranks of a stage agree on.
+    are the only such numbers that the ranks of a stage agree on; and where torch draws them of probabilities that are
+    no numbers, it asserts on the device.
     """
     os.environ.update(_NOT_BY_TORCH)
-    agree = Sampler._sync_token_ids_across_tp
+    agree, preprocess = Sampler._sync_token_ids_across_tp, Sampler._preprocess_logits
 
     def agree_on_tokens(sampler: Sampler, tokens: torch.Tensor, sampling: Any) -> None:
         agree(sampler, tokens, sampling)
         tokens.clamp_(0, sampling.vocab_size - 1)
 
+    def of_numbers(sampler: Sampler, logits: torch.Tensor, sampling: Any) -> torch.Tensor:
+        # Tokens that a grammar or a client has ruled out stay so.
+        logits = preprocess(sampler, logits, sampling)
+        return logits.nan_to_num_(nan=_UNLIKELY, posinf=-_UNLIKELY, neginf=float("-inf"))
+
     Sampler._sync_token_ids_across_tp = agree_on_tokens
+    Sampler._preprocess_logits = of_numbers
 
 
 class DeviceAborts:
@@ -107,12 +120,14 @@ def _abort_of_pynccl(coordinator: Any) -> Callable[[], None] | None:
     communicator = getattr(coordinator, "pynccl_comm", None)
     if communicator is None or not communicator.available:
         return None
+    # Not itself: it holds the group of CPUs beside it, at whose end others see that this rank has left.
+    handle, nccl = communicator.comm, communicator.nccl
     # Upstream's table of functions does not have it. Not the attribute, whose types others may have set.
-    function = communicator.nccl.lib["ncclCommAbort"]
+    function = nccl.lib["ncclCommAbort"]
     function.argtypes, function.restype = [ctypes.c_void_p], ctypes.c_int
 
     def abort() -> None:
-        communicator.nccl.NCCL_CHECK(function(communicator.comm))
+        nccl.NCCL_CHECK(function(handle))
 
     return abort
 
@@ -148,7 +163,10 @@ class Rescue:
             time.sleep(BY_ITSELF)
             if self._loop() is loop:
                 logger.info("Asked to leave, and the loop does not hear it: what it may wait for is given up.")
-                self._give_up()
+                try:
+                    self._give_up()
+                except Exception:  # it is asked again
+                    logger.exception("What it may wait for could not be given up.")
 
     def close(self) -> None:
         """By the main thread."""

@@ -8,6 +8,7 @@ Pools are not kept: they are given back and made anew, which sizes them by upstr
 from __future__ import annotations
 
 import logging
+import os
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -178,6 +179,9 @@ def _why_not_on_device(args: Any) -> dict[str, bool]:
         "--enable-torch-symm-mem": args.enable_torch_symm_mem,
         "--enable-symm-mem registers memory with communicators for the life of a process": args.enable_symm_mem,
         "--pre-warm-nccl": args.pre_warm_nccl,
+        "TORCH_DISTRIBUTED_DEBUG=DETAIL has torch end a process whose peer is gone": (
+            os.environ.get("TORCH_DISTRIBUTED_DEBUG", "").upper() == "DETAIL"
+        ),
         "--enable-tp-lm-head-all-to-all": args.enable_tp_lm_head_all_to_all,
         "SGLANG_ENABLE_PCIE_IPC_ALLREDUCE": envs.SGLANG_ENABLE_PCIE_IPC_ALLREDUCE.get(),
     }

@@ -253,6 +253,8 @@ class KevlarScheduler(Scheduler):  # type: ignore[misc]
         return flushed
 
     def process_batch_result(self, batch: ScheduleBatch, result: Any) -> None:
+        if self.shadow is not None or self._promoter is not None:
+            self._wait_for_pass(result)
         if self.shadow is not None:
             self.shadow.exporter.before_result(batch)
         if self._promoter is not None:
@@ -261,6 +263,14 @@ class KevlarScheduler(Scheduler):  # type: ignore[misc]
         self._forced.check(batch)
         if self.shadow is not None:
             self.shadow.exporter.after_result(batch)
+
+    def _wait_for_pass(self, result: Any) -> None:
+        """As upstream is about to. Behind a collective that is given up anything is computed, which must not be copied:
+        a rank that leaves its epoch gets no further than here."""
+        if result.copy_done is not None:
+            result.copy_done.synchronize()
+        elif self.device == "cuda":
+            torch.cuda.current_stream().synchronize()
 
     # --- weights that go to another group, or come from one
 

@@ -141,6 +141,15 @@ class WarmStart:
         # When the cold one fails too, imports are not to blame.
         self.suspect = self.warm
 
+    def forget(self) -> bool:
+        """What failed before may have been put right. Whether starts were cold for it."""
+        aside = self._trust.is_open(time.monotonic())
+        if aside:
+            self._due = 0.0
+        self._trust.worked()
+        self.suspect = False
+        return aside
+
     # -- the template
 
     def _start(self, now: float) -> Child:

@@ -36,6 +36,7 @@ SEAMS: tuple[Seam, ...] = (
         RANK,
         signature="self batch_next_token_ids sampling_info",
     ),
+    seam("srt.layers.sampler:Sampler._preprocess_logits", RANK, signature="self logits sampling_info"),
     seam("srt.utils:cpu_has_amx_support", RANK, passes=""),
     seam("srt.utils:is_host_cpu_arm64", RANK, passes=""),
     seam(

@@ -42,7 +42,7 @@ SEAMS: tuple[Seam, ...] = (
     ),
     seam(_SCHEDULER + ".handle_generate_request", RANK, passes="recv_req"),
     seam("srt.managers.tp_worker:TpModelWorker", RANK, fields="forward_batch_generation"),
-    seam("srt.managers.utils:GenerationBatchResult", RANK, fields="next_token_ids delay_sample_func"),
+    seam("srt.managers.utils:GenerationBatchResult", RANK, fields="next_token_ids delay_sample_func copy_done"),
     seam("srt.configs.model_config:ModelConfig", RANK, fields="dtype"),
     *methods(
         "srt.managers.scheduler_components.output_streamer:SchedulerOutputStreamer",
