@@ -52,10 +52,11 @@ def used(pid: int) -> int:
 def test_the_other_rank_lives_on_over_nccl(models: Path, tmp_path: Path, two_ranks: list[str]) -> None:
     """Also while it waits for the dead one in a captured graph, which is where it mostly is under load."""
     with serving(models, tmp_path / "log", *two_ranks) as world:
+        world.leave(0)  # both live, and one waits for the other
         for rank, after in ((1, 0.3), (0, 0.3), (1, 0.1), (0, 0.5)):
             world.lose(0, [rank], after)
         log = (tmp_path / "log").read_text()
-        assert log.count("re-formed around") == 4
+        assert log.count("re-formed around") == 5
         assert "does not leave" not in log
 
 

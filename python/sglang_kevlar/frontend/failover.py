@@ -22,14 +22,14 @@ from sglang.srt.managers.io_struct import (
 )
 
 from sglang_kevlar.cluster import wire
-from sglang_kevlar.cluster.batches import UnknownShape, cut
 from sglang_kevlar.control.journal import Entry
 from sglang_kevlar.control.membership import Event, GroupChanged, GroupLost, GroupReady, GroupSuspect, GroupTrusted
 from sglang_kevlar.frontend.channels import Channel
 from sglang_kevlar.frontend.finish_reasons import is_internal_error, is_refused_resume
 from sglang_kevlar.frontend.host import BatchOutput, Groups, Host
 from sglang_kevlar.frontend.in_flight import InFlight, TextMismatch
-from sglang_kevlar.frontend.kept.progress import Recorded
+from sglang_kevlar.frontend.kept import messages
+from sglang_kevlar.frontend.kept.progress import Progress, Recorded
 from sglang_kevlar.frontend.outcome import Failure
 from sglang_kevlar.frontend.requests import Requests
 from sglang_kevlar.frontend.shadows import ShadowPlans
@@ -348,7 +348,7 @@ class Failover(Requests):
         ended: list[Entry] = []
         mismatched: list[InFlight] = []
         refused: list[tuple[InFlight, Any]] = []
-        recorded: dict[int, InFlight] = {}
+        recorded: dict[int, Progress] = {}
         now = time.monotonic()
         for i, wire_rid in enumerate(batch.rids):
             entry = self.journal.accept(wire_rid, channel.group, channel.epoch)
@@ -369,7 +369,7 @@ class Failover(Requests):
             batch.rids[i] = entry.rid
             kept = None if request.outcome is None else request.outcome.kept
             if kept is not None and kept.is_recorded and kept.unrecordable is None:
-                recorded[i] = request
+                recorded[i] = kept
             reason = batch.finished_reasons[i]
             if reason is not None:
                 request.ended = True
@@ -377,7 +377,7 @@ class Failover(Requests):
                 if is_internal_error(reason):
                     self._groups.on_internal_error(channel.group, channel.epoch)
         if recorded:
-            self._record(batch, recorded)
+            messages.write(batch, recorded)
         await self._host.deliver(batch)
         for entry in ended:
             self._close(entry)
@@ -423,40 +423,21 @@ class Failover(Requests):
 
     # ---- requests that outlive a frontend ------------------------------------------------------------------------
 
-    def _record(self, batch: BatchOutput, requests: dict[int, InFlight]) -> None:
-        """Note what of ``batch`` the outputs of these requests (by row) will be made of."""
-        owners = [row if row in requests else None for row in range(len(batch.rids))]
-        kept = {row: request.outcome.kept for row, request in requests.items() if request.outcome is not None}
-        try:
-            parts = cut(batch, owners)
-        except UnknownShape as problem:
-            for progress in kept.values():
-                assert progress is not None
-                progress.unrecordable = f"its output cannot be recorded: {problem}"
-            return
-        for row, message in parts.items():
-            progress = kept[row]
-            assert progress is not None
-            try:
-                progress.messages.append(wire.encode(message))
-            except wire.NotForNetwork as problem:
-                progress.unrecordable = f"its output cannot be recorded: {problem}"
-
     async def _go_through(self, request: InFlight, recorded: Recorded) -> None:
         """What the frontend before us recorded of it, output by output as its endpoint takes them; then go on."""
         rid, entry = request.entry.rid, request.entry
         assert request.outcome is not None and request.outcome.kept is not None
-        for messages in recorded.outputs:
+        for output in recorded.outputs:
             await recorded.wanted()
             async with self._turn:
-                for message in messages:
+                for message in output:
                     if self.requests.get(rid) is not request:
                         return
                     if recorded.left:
                         self._end_aborted(request, AbortReq(rid=rid))
                         return
                     try:
-                        batch = _recorded_output(message)
+                        batch = messages.read(message)
                     except wire.NotForNetwork as problem:
                         why = f"request {rid}: what its frontend recorded of it cannot be used: {problem}"
                         self._refuse(request, Failure(500, why, "not_continuable"))
@@ -464,7 +445,7 @@ class Failover(Requests):
                     batch.rids[0] = rid
                     self.journal.take_over(entry, batch.output_ids[0], batch.cached_tokens[0])
                     if request.outcome.kept.is_recorded:
-                        self._record(batch, {0: request})
+                        messages.write(batch, {0: request.outcome.kept})
                     request.outcome.first_token = True
                     request.ended = batch.finished_reasons[0] is not None
                     await self._host.deliver(batch)
@@ -499,11 +480,3 @@ class Failover(Requests):
         if not task.cancelled() and (error := task.exception()) is not None:
             # State may be half changed: end this frontend; the launcher starts one that finds its groups running.
             self._inbox.put_nowait(error)
-
-
-def _recorded_output(message: bytes) -> BatchStrOutput | BatchTokenIDOutput:
-    """Raises NotForNetwork."""
-    batch = wire.decode_answer(message)
-    if not isinstance(batch, BatchStrOutput | BatchTokenIDOutput) or len(batch.rids) != 1:
-        raise wire.NotForNetwork(f"{type(batch).__name__} is not the output of one request")
-    return batch
