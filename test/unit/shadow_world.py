@@ -158,7 +158,8 @@ class Source:
         first = link.missing(keys, 0)
         last = min(len(keys), first + self.sender.room())
         if first < last:
-            staged = Staged([torch.from_numpy(part) for part in rows_of(keys[first:last])])
+            rows = np.concatenate([part.reshape(-1) for part in rows_of(keys[first:last])])
+            staged = Staged(torch.from_numpy(rows), LAYOUT.rows)
             piece_blocks = self.sender.piece_blocks
             for start in range(first, last, piece_blocks):
                 end = min(last, start + piece_blocks)

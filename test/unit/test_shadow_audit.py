@@ -18,7 +18,7 @@ from sglang_kevlar.shadow.audit import Auditor
 from sglang_kevlar.shadow.lookup import PromoteReq
 from sglang_kevlar.shadow.pool import PoolRows, pack
 
-from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool  # isort: skip
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, UnquantizedKVCacheMethod  # isort: skip
 
 BLOCK = 4
 SLOTS = 64
@@ -34,6 +34,7 @@ class World:
             [torch.randn(SLOTS, 2, 8, generator=generator).to(dtype) for _ in range(2)] for _ in range(2)
         )
         pool.kv_cache_layout, pool.size, pool.dtype = "nhd", SLOTS, dtype
+        pool.quant_method = UnquantizedKVCacheMethod()
         self.rows = PoolRows(pool)
         self.counters = ShadowCounters()
         self.table = torch.arange(SLOTS - 1, -1, -1).view(1, SLOTS)

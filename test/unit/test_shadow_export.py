@@ -18,6 +18,8 @@ from sglang_kevlar.shadow.export import DECODE_INTERVAL, SENT_AGAIN, Exporter
 
 BLOCK = 16
 CONTENT = "weights"
+#: name, first token, row
+CASES = [("a", 0, 0), ("b", 100, 1)]
 
 
 class Rows:
@@ -325,3 +327,20 @@ def test_a_finished_request_of_which_the_target_lost_the_beginning_is_sent_whole
     world.tree.cached[tuple(range(64))] = list(range(64))
     world.decode(1, req, last=True)
     world.assert_holds(req, 4)
+
+
+def test_without_memory_for_copies_it_is_sent_when_there_is(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    running, finished = (world.request(name, list(range(start, start + 64)), row=row) for name, start, row in CASES)
+    with monkeypatch.context() as without:
+        without.setattr(Rows, "read", lambda *_: None)
+        world.prefill(running, finished)
+        world.exporter._not_before = 0.0
+        world.tree.cached[tuple(range(100, 164))] = world.table[1, :64].tolist()
+        world.decode(1, finished, last=True)
+    assert world.sender.sent == {} and world.sender.link is not None and not world.sender.link.known
+    world.exporter.idle()
+    assert world.sender.sent == {}, "it is not tried at every step"
+    world.exporter._not_before = 0.0
+    world.decode(8, running)
+    world.assert_holds(running, 4)
+    world.assert_holds(finished, 4)

@@ -148,3 +148,30 @@ def test_what_is_no_pool_and_another_layout_are_refused():
         PoolRows(SimpleNamespace(kv_buffer=[], size=1))
     with pytest.raises(ValueError, match="page_first"):
         PoolRows(mha(16, torch.float32, kv_cache_layout="page_first"))
+
+
+def test_a_pool_with_scales_beside_its_rows_is_refused():
+    """Upstream makes FP4 pools of the plain class, with another method."""
+    pool = mha(1, torch.bfloat16)
+    pool.quant_method = SimpleNamespace(name="nvfp4")
+    with pytest.raises(ValueError, match=r"quantised \(nvfp4\) has scales"):
+        PoolRows(pool)
+
+
+def test_want_of_memory_for_a_copy_is_no_error_and_all_else_is(monkeypatch):
+    rows = PoolRows(mha(1, torch.float32))
+    slots = torch.arange(1, 17)
+
+    def fails(error):
+        def empty(*args, **kwargs):
+            raise error
+
+        monkeypatch.setattr(torch, "empty", empty)
+
+    fails(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
+    assert rows.read(slots) is None
+    fails(RuntimeError("CUDA error: out of memory"))  # of pinned memory
+    assert rows.read(slots) is None
+    fails(RuntimeError("CUDA error: an illegal memory access was encountered"))
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        rows.read(slots)

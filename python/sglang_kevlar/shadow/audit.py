@@ -96,7 +96,9 @@ class Auditor:
             elif prefix + extend >= expected.end:
                 self._expected = None
                 slots = self._req_to_token[req.kv.req_pool_idx, expected.begin : expected.end]
-                computed = self._rows.read(slots)
+                if (computed := self._rows.read(slots)) is None:
+                    self._end()
+                    return
                 # Waiting for the copy and comparing take longer than the loop has time for.
                 arguments = (expected, computed)
                 threading.Thread(target=self._compare, args=arguments, name="kevlar-audit", daemon=True).start()

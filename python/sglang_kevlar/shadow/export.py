@@ -31,6 +31,8 @@ DECODE_INTERVAL = 8
 FINISHED_KEPT = 1024
 #: how often a sequence's KV is sent again after the target has lost some of it: a full store loses it anew
 SENT_AGAIN = 2
+#: seconds without copies when there was no memory for one
+NO_MEMORY_PAUSE = 5.0
 #: the least room worth a copy of finished sequences' KV, as a share of the window
 CATCH_UP_SHARE = 0.25
 
@@ -125,6 +127,8 @@ class Exporter:
         #: names the weights; empty while they change
         self.content = ""
         self._decode_steps = 0
+        #: no copies before, monotonic seconds
+        self._not_before = 0.0
         #: announced requests that vanished: aborted where no result is processed (in the queue, between two chunks)
         self._vanished: deque[bytes] = deque()
         #: finished sequences, oldest first
@@ -228,7 +232,7 @@ class Exporter:
         if wanted:
             # The longest would cost most to compute again.
             wanted.sort(key=lambda item: item[0], reverse=True)
-            room = self._sender.room()
+            room = self._room()
             copies = []
             for blocks, missing, req, sequence in wanted:
                 # What a request before it in this batch shares with it is on its way.
@@ -250,11 +254,20 @@ class Exporter:
             self._copy(copies, link)
         self._counters.lag_tokens = lag + self._sender.waiting_tokens
 
-    def _copy(self, copies: list[_Copy], link: ShadowLink) -> None:
-        """All of them in one go."""
+    def _room(self) -> int:
+        """Blocks that may be copied now."""
+        return 0 if time.monotonic() < self._not_before else self._sender.room()
+
+    def _copy(self, copies: list[_Copy], link: ShadowLink) -> bool:
+        """All of them in one go. False: not now, for want of memory."""
         if not copies:
-            return
+            return True
         staged = self._rows.read(torch.cat([copy.slots for copy in copies]))
+        if staged is None:
+            for copy in copies:
+                link.known.difference_update(copy.sequence.chain.keys[copy.first : copy.last])
+            self._not_before = time.monotonic() + NO_MEMORY_PAUSE
+            return False
         limit = self._sender.piece_blocks
         at = 0
         for copy in copies:
@@ -277,6 +290,7 @@ class Exporter:
                 at += (end - start) * self._block
             sequence.sent = last
         self._sender.wake()
+        return True
 
     # -- finished requests
 
@@ -315,7 +329,7 @@ class Exporter:
     def _catch_up(self, link: ShadowLink) -> None:
         """Send what finished requests left in the tree, the most recent first, as far as there is room."""
         while self._behind:
-            room = self._sender.room()
+            room = self._room()
             name, sequence = next(reversed(self._behind.items()))
             done = len(sequence.chain.keys) * self._block
             sequence.chain.grow(sequence.tokens[done:])
@@ -340,7 +354,8 @@ class Exporter:
                 continue
             last = min(cached, first + room)
             part = slice(first * self._block, last * self._block)
-            self._copy([_Copy(sequence, first, last, slots[part], sequence.tokens[part], None)], link)
+            if not self._copy([_Copy(sequence, first, last, slots[part], sequence.tokens[part], None)], link):
+                return
             if last == cached:
                 self._counters.dropped_tokens += (len(keys) - cached) * self._block
                 del self._behind[name]

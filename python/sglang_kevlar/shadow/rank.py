@@ -261,8 +261,7 @@ def start(
             raise ValueError("the model does not generate")
         if not scheduler.spec_algorithm.is_none():
             raise ValueError("KV of draft models is not supported")
-        cuda = scheduler.device == "cuda"
-        rows = PoolRows(scheduler.token_to_kv_pool_allocator.get_kvcache(), scheduler.forward_stream if cuda else None)
+        rows = PoolRows(scheduler.token_to_kv_pool_allocator.get_kvcache(), _stream_of_passes(scheduler, plan.pp_size))
         place = Place(plan, paths, group, epoch, rank, rows, _layout(scheduler, rows, plan))
         if place.sharers > 1:
             if plan.node is not None and len(plan.ranks) < plan.tp_size:
@@ -278,6 +277,14 @@ def start(
     except (ValueError, TransportError, keys.KeyProblem) as reason:
         logger.warning("KV is not shadowed: %s. A request of a lost worker group is computed again.", reason)
         return None, None
+
+
+def _stream_of_passes(scheduler: Scheduler, pp_size: int) -> Any:
+    """None on a CPU."""
+    if scheduler.device != "cuda":
+        return None
+    of_their_own = scheduler.enable_overlap or pp_size > 1
+    return scheduler.forward_stream if of_their_own else scheduler.schedule_stream
 
 
 def _promoter(

@@ -40,7 +40,9 @@ class ForcedDecode:
 
     def __init__(self, model_worker: Any) -> None:
         self._forced: weakref.WeakSet[Req] = weakref.WeakSet()
-        self._pending: tuple[torch.Tensor, torch.Tensor] | None = None
+        #: rows of the batch, and their tokens (2, n), on the host: each stream uploads its own, which lives as long as
+        #: that stream needs it
+        self._pending: torch.Tensor | None = None
         self._forward: Callable[..., Any] = model_worker.forward_batch_generation
         model_worker.forward_batch_generation = self._forward_and_force
 
@@ -59,7 +61,7 @@ class ForcedDecode:
         finally:
             self._pending = None
 
-    def _known_tokens(self, batch: ScheduleBatch) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def _known_tokens(self, batch: ScheduleBatch) -> torch.Tensor | None:
         rows, tokens = [], []
         for row, req in enumerate(batch.reqs):
             delivered = req.__dict__.get("kevlar_delivered")
@@ -71,24 +73,23 @@ class ForcedDecode:
                     tokens.append(delivered[position])
         if not rows:
             return None
-        return torch.tensor(rows, device=batch.device), torch.tensor(tokens, device=batch.device)
+        return torch.tensor([rows, tokens], pin_memory=torch.device(batch.device).type == "cuda")
 
     def _forward_and_force(self, *args: Any, **kwargs: Any) -> Any:
         result = self._forward(*args, **kwargs)
-        if self._pending is None:
+        if (known := self._pending) is None:
             return result
-        rows, tokens = self._pending
         sample = result.delay_sample_func
         if sample is not None:
 
             def sample_and_force() -> Any:
                 sampled = sample()
-                _put(sampled.next_token_ids, rows, tokens)
+                _put(sampled.next_token_ids, known)
                 return sampled
 
             result.delay_sample_func = sample_and_force
         elif result.next_token_ids is not None:  # as on all stages of a pipeline but the last
-            _put(result.next_token_ids, rows, tokens)
+            _put(result.next_token_ids, known)
         return result
 
     def check(self, batch: ScheduleBatch) -> None:
@@ -112,7 +113,9 @@ class ForcedDecode:
         self._forced.discard(req)
 
 
-def _put(sampled: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor) -> None:
+def _put(sampled: torch.Tensor, known: torch.Tensor) -> None:
+    """In the stream in which ``sampled`` is made."""
+    rows, tokens = known.to(sampled.device, non_blocking=True)
     sampled[rows] = tokens.to(sampled.dtype)
 
 

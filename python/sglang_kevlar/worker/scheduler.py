@@ -269,7 +269,7 @@ class KevlarScheduler(Scheduler):  # type: ignore[misc]
         a rank that leaves its epoch gets no further than here."""
         if result.copy_done is not None:
             result.copy_done.synchronize()
-        elif self.device == "cuda":
+        elif self.device == "cuda" and get_parallel().pp_size == 1:  # the loop of a pipeline has waited
             torch.cuda.current_stream().synchronize()
 
     # --- weights that go to another group, or come from one

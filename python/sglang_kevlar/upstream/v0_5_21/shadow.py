@@ -17,7 +17,8 @@ SEAMS: tuple[Seam, ...] = (
         _SCHEDULER,
         RANK,
         fields="request_receiver tree_cache req_to_token_pool token_to_kv_pool_allocator page_size server_args "
-        "disable_radix_cache is_generation spec_algorithm device forward_stream weight_updater _engine_paused",
+        "disable_radix_cache is_generation spec_algorithm device forward_stream schedule_stream enable_overlap "
+        "weight_updater _engine_paused",
     ),
     *methods(
         _SCHEDULER,
@@ -79,7 +80,11 @@ SEAMS: tuple[Seam, ...] = (
         "skip_radix_cache_insert session sampling_params kv",
     ),
     seam("srt.managers.io_struct:FlushCacheReqInput", RANK),
-    seam(_POOL + "MHATokenToKVPool", RANK, fields="k_buffer v_buffer kv_cache_layout dtype size"),
+    seam(
+        _POOL + "MHATokenToKVPool",
+        RANK,
+        fields="k_buffer v_buffer kv_cache_layout is_quantized_kv_cache quant_method dtype size",
+    ),
     seam(_POOL + "MLATokenToKVPool", RANK, fields="kv_buffer dtype size"),
     seam(_POOL + "ReqToTokenPool", RANK, fields="req_to_token"),
     seam("srt.mem_cache.radix_cache:RadixKey", RANK, passes="token_ids extra_key cache_salt"),

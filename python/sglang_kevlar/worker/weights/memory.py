@@ -75,6 +75,7 @@ class WeightMemory:
         memory = self._at(piece)
         if memory.device.type == "cpu":
             return memory.numpy()
+        torch.cuda.set_device(memory.device)  # a thread begins on the first of all
         staged = self._staged(len(memory))
         with torch.cuda.stream(self._stream(memory.device)):
             staged.copy_(memory, non_blocking=True)
@@ -87,6 +88,7 @@ class WeightMemory:
         if memory.device.type == "cpu":
             np.copyto(memory.numpy(), np.frombuffer(data, dtype=np.uint8))
             return
+        torch.cuda.set_device(memory.device)
         staged = self._staged(len(memory))
         np.copyto(staged.numpy(), np.frombuffer(data, dtype=np.uint8))
         with torch.cuda.stream(self._stream(memory.device)):
