@@ -290,6 +290,25 @@ def test_a_request_that_vanishes_ends_too(world: World) -> None:
     assert world.sender.ended_requests == [b"a"]
 
 
+def test_who_has_fallen_behind_goes_on_as_soon_as_there_is_room(world: World) -> None:
+    """Many that decode make more KV in eight steps than the window has room for."""
+    req = world.request("a", list(range(32 * BLOCK)), row=0)
+    world.sender.blocks = 4
+    world.prefill(req)
+    world.assert_holds(req, 4)
+    enough = world.exporter._least_room()
+    assert 4 < enough < 28
+    for room, holds in ((enough - 1, 4), (enough, 4 + enough), (28 - enough, 4 + enough)):
+        world.sender.blocks = room
+        world.decode(1, req)
+        assert len(world.sender.sent) == holds
+    world.sender.blocks = 100
+    world.decode(1, req)
+    world.assert_holds(req, 32)
+    world.decode(7, req)
+    assert world.exporter._decode_steps == 7, "with nothing missing the next copy is in its time"
+
+
 def test_what_waits_for_room_is_bounded_by_what_is_remembered(world: World) -> None:
     world.sender.blocks = 0
     count = Rows.capacity_tokens // 64 + 20

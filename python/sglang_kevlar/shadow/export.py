@@ -33,7 +33,7 @@ FINISHED_KEPT = 1024
 SENT_AGAIN = 2
 #: seconds without copies when there was no memory for one
 NO_MEMORY_PAUSE = 5.0
-#: the least room worth a copy of finished sequences' KV, as a share of the window
+#: the least room worth a copy before its time, or one of finished sequences' KV, as a share of the window
 CATCH_UP_SHARE = 0.25
 
 
@@ -126,7 +126,9 @@ class Exporter:
         self._counters = counters
         #: names the weights; empty while they change
         self.content = ""
+        #: since the last copies of what runs, which were not of everything that was missing
         self._decode_steps = 0
+        self._short_of_room = False
         #: no copies before, monotonic seconds
         self._not_before = 0.0
         #: announced requests that vanished: aborted where no result is processed (in the queue, between two chunks)
@@ -165,7 +167,9 @@ class Exporter:
         if link is not None:
             if batch.forward_mode.is_decode():
                 self._decode_steps += 1
-                if self._decode_steps % DECODE_INTERVAL == 0:
+                behind = self._short_of_room and self._room() >= self._least_room()
+                if behind or self._decode_steps >= DECODE_INTERVAL:
+                    self._decode_steps = 0
                     self._export(self._decoded(batch), link)
                     self._catch_up(link)
             elif batch.forward_mode.is_extend():
@@ -252,6 +256,7 @@ class Exporter:
                 copies.append(_Copy(sequence, first, last, slots, _tokens(req, begin, end), sequence.rid))
                 link.known.update(sequence.chain.keys[first:last])
             self._copy(copies, link)
+        self._short_of_room = lag > 0
         self._counters.lag_tokens = lag + self._sender.waiting_tokens
 
     def _room(self) -> int:
