@@ -102,9 +102,7 @@ def source(directory: str, transport_name: str, host: str, endpoint: str, megaby
     sender.retarget(Target("1", 1, endpoint, choose(transport_name, host)))
     link = wait_for(lambda: sender.link)
     blocks = megabytes * 10**6 // LAYOUT.block_bytes
-    rows = [
-        torch.from_numpy(np.random.default_rng(0).integers(0, 255, (BLOCK * 32, row), np.uint8)) for row in LAYOUT.rows
-    ]
+    rows = torch.from_numpy(np.random.default_rng(0).integers(0, 255, 32 * LAYOUT.block_bytes, np.uint8))
     lags: list[float] = []
     acknowledge = link.acknowledge
 
@@ -123,7 +121,7 @@ def source(directory: str, transport_name: str, host: str, endpoint: str, megaby
             chain = KeyChain(root_key(str(sent), None, None), BLOCK)
             tokens = array("q", [sent] * count * BLOCK)
             chain.grow(tokens)
-            piece = Piece(chain.keys, None, Staged(rows), 0, tokens.tobytes(), (None, None), None)
+            piece = Piece(chain.keys, None, Staged(rows, LAYOUT.rows), 0, tokens.tobytes(), (None, None), None)
             sender.queue(piece, link)
             sender.wake()
             sent += count

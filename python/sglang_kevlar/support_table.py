@@ -169,8 +169,8 @@ REMARKS: dict[str, str] = {
     "a prompt that is longer than a smaller one, nor what waits behind it (sgl-project/sglang#36344).",
     "dtype": "float32 is exact. In bf16 and fp16 a moved request goes on as it would have only with the shadow, and "
     "not when it has to be prefilled again: prefill and decode round differently.",
-    "kv_cache_dtype": "Of all groups: the shadow is of this type. fp8 needs CUDA (or AMX), and is not tested. KV with "
-    "scales (fp4) is not shadowed: moved requests are computed again.",
+    "kv_cache_dtype": "Of all groups: the shadow is of this type. fp8 needs CUDA (or AMX), and is not tested. fp4, "
+    "and fp8 on a CPU, are not shadowed: moved requests are computed again.",
     "enable_lora": "Adapters loaded at run time are loaded again into a restarted group.",
     "lora_paths": "Ids are the same in all groups.",
     "enable_custom_logit_processor": "A processor sees all tokens of a moved request; what it keeps elsewhere is lost.",

@@ -81,6 +81,7 @@ def test_rows_are_those_of_the_slots_that_were_asked_for(world: World) -> None:
 
 @pytest.mark.gpu(1)
 def test_rows_are_written_to_the_slots_that_were_told(world: World) -> None:
+    """And what the scheduler does next finds them written."""
     source, target = list(range(1, TOKENS + 1)), list(range(TOKENS + 1, 2 * TOKENS + 1))
     staged = world.rows.read(torch.tensor(source, device=world.device))
     assert staged is not None
@@ -95,6 +96,7 @@ def test_rows_are_written_to_the_slots_that_were_told(world: World) -> None:
         blocks[:] = 0
         del slots
         world.go_on()
+        assert world.forward.query()
     torch.cuda.synchronize()
     for ours, theirs in zip(world.held(target), world.held(source), strict=True):
         assert torch.equal(ours, theirs)

@@ -103,11 +103,11 @@ def test_tokens_are_drawn_of_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device_aborts, "Sampler", Sampler)
     device_aborts.prepare()
     nan, inf = float("nan"), float("inf")
-    logits = torch.tensor([[nan, nan, nan, nan], [inf, 1.0, -inf, nan], [1.0, 2.0, -inf, 3.0]])
+    logits = torch.tensor([[nan, nan, nan, nan], [inf, 1.0, -inf, nan], [1.0, 2.0, -inf, 3.0], [3e38, 1.0, 0, 0]])
     for kind in (torch.float32, torch.bfloat16):
         taken = Sampler()._preprocess_logits(given := logits.to(kind), None)
         assert taken is given
-        probabilities = torch.softmax(taken.float(), dim=-1)
+        probabilities = torch.softmax(taken.float() / 1e-6, dim=-1)
         torch.multinomial(probabilities, 1)
         assert probabilities[0].tolist() == [0.25] * 4 and probabilities[1].tolist() == [1, 0, 0, 0]
         assert taken[2].tolist() == [1, 2, -inf, 3]

@@ -349,6 +349,8 @@ def test_after_two_failed_reforms_a_group_starts_whole_and_says_for_how_long(gro
 
 
 def test_an_operators_restart_has_reforms_tried_again(group: Group) -> None:
+    group.configure(reform="auto", spare_ranks=1)
+    group.behave("rank0.load", "open(f'{run_dir}/loaded', 'a').write(f'{os.getpid()}\\n')")
     group.behave("rank1.load", "if os.path.exists(f'{run_dir}/bad'): os.unlink(f'{run_dir}/bad'); os._exit(7)")
     group.start()
     report = group.ready()
@@ -358,6 +360,12 @@ def test_an_operators_restart_has_reforms_tried_again(group: Group) -> None:
         report = group.ready(after=report.epoch + 1)
     group.kill_group(report.epoch, planned=True)
     restarted = group.ready(after=report.epoch)
+
+    def spares() -> list[int]:
+        loaded = [int(line) for line in (group.run_dir / "loaded").read_text().split()]
+        return [pid for pid in loaded if alive(pid) and pid != pid_of(restarted, "rank0")]
+
+    eventually(lambda: len(spares()) == 1)
     os.kill(pid_of(restarted, "rank1"), signal.SIGKILL)
     assert group.ready(after=restarted.epoch).formed == "reformed"
     assert group.process is not None and group.process.stderr is not None
@@ -365,6 +373,7 @@ def test_an_operators_restart_has_reforms_tried_again(group: Group) -> None:
     log = group.process.stderr.read().decode()
     assert group.wait() == 0
     assert log.count("what was set aside is tried again") == 1
+    assert not spares()
 
 
 def test_a_reform_that_hangs_is_followed_by_a_whole_start(group: Group) -> None:

@@ -22,6 +22,7 @@ from sglang.srt.managers.scheduler import Scheduler  # noqa: E402
 from sglang.srt.sampling.sampling_params import SamplingParams  # noqa: E402
 
 from sglang_kevlar.protocol.resume import ResumeState  # noqa: E402
+from sglang_kevlar.worker import scheduler as scheduler_module  # noqa: E402
 from sglang_kevlar.worker.forced_decode import ForcedDecode  # noqa: E402
 from sglang_kevlar.worker.resume import ResumedGenerateReqInput  # noqa: E402
 from sglang_kevlar.worker.scheduler import KevlarScheduler  # noqa: E402
@@ -223,6 +224,19 @@ def test_what_a_pass_computed_is_copied_when_it_is_done_and_not_when_the_epoch_i
     with pytest.raises(Over):
         scheduler.process_batch_result(batch(1), SimpleNamespace(copy_done=SimpleNamespace(synchronize=leave)))
     assert len(order) == 4
+
+
+@pytest.mark.parametrize(("device", "stages", "waits"), [("cpu", 1, False), ("cuda", 1, True), ("cuda", 2, False)])
+def test_a_result_without_an_event_is_waited_for_on_a_device(
+    scheduler: Any, monkeypatch: pytest.MonkeyPatch, device: str, stages: int, waits: bool
+) -> None:
+    order: list[str] = []
+    stream = SimpleNamespace(synchronize=lambda: order.append("done"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(scheduler_module, "get_parallel", lambda: SimpleNamespace(pp_size=stages))
+    scheduler.device = device
+    scheduler._wait_for_pass(SimpleNamespace(copy_done=None))
+    assert order == ["done"] * waits
 
 
 def test_heartbeat_of_control_requests_and_pauses(scheduler: Any, beats: Beats) -> None:

@@ -20,6 +20,8 @@ BLOCK = 16
 CONTENT = "weights"
 #: name, first token, row
 CASES = [("a", 0, 0), ("b", 100, 1)]
+#: name, token behind the shared ones and how many, row
+PAIR = [("long", 500, 64, 0), ("short", 501, 32, 1)]
 
 
 class Rows:
@@ -363,3 +365,31 @@ def test_without_memory_for_copies_it_is_sent_when_there_is(world: World, monkey
     world.decode(8, running)
     world.assert_holds(running, 4)
     world.assert_holds(finished, 4)
+
+
+def test_copies_that_failed_are_nobodys_loss_at_the_target(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two with one prefix the shorter counts on the copy of the longer."""
+    shared = list(range(64))
+    long, short = (world.request(name, shared + [number] * more, row) for name, number, more, row in PAIR)
+    with monkeypatch.context() as without:
+        without.setattr(Rows, "read", lambda *_: None)
+        for _ in range(2 * SENT_AGAIN):
+            world.exporter._not_before = 0.0
+            world.decode(8, long, short)
+    assert world.counters.saved_tokens == 0
+    assert world.counters.lag_tokens == sum(len(world.keys(req)) * BLOCK for req in (long, short))
+    world.exporter._not_before = 0.0
+    world.decode(8, long, short)
+    for req in (long, short):
+        assert set(world.keys(req)) <= world.sender.sent.keys()
+
+
+def test_a_prefill_does_not_make_it_forget_what_others_miss(world: World) -> None:
+    behind, new = world.request("a", list(range(32 * BLOCK)), row=0), world.request("b", [7] * 64, row=1)
+    world.sender.blocks = 4
+    world.prefill(behind)
+    world.sender.blocks = 4
+    world.prefill(new)
+    world.sender.blocks = 100
+    world.decode(1, behind)
+    world.assert_holds(behind, 32)

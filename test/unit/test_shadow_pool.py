@@ -154,7 +154,7 @@ def test_a_pool_with_scales_beside_its_rows_is_refused():
     """Upstream makes FP4 pools of the plain class, with another method."""
     pool = mha(1, torch.bfloat16)
     pool.quant_method = SimpleNamespace(name="nvfp4")
-    with pytest.raises(ValueError, match=r"quantised \(nvfp4\) has scales"):
+    with pytest.raises(ValueError, match=r"quantised \(nvfp4\)"):
         PoolRows(pool)
 
 

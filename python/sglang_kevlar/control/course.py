@@ -400,7 +400,7 @@ class Course(ABC, Generic[M]):
         served_for = None if self._ready_at is None else now - self._ready_at
         self._reforming.ended(served_for, by_itself, now)
         if planned:
-            # Who asks for new processes may have put right what failed.
+            # Mostly by an operator, who may have put right what failed.
             self._spare_at, aside = now, [self._reforming.forget(now), self._warmth.forget()]
             news = ["what was set aside is tried again"] if any(aside) else []
         else:

@@ -178,7 +178,8 @@ class Outputs(_Message, frozen=True, kw_only=True, tag="outputs"):
 
 
 class Kill(_Message, frozen=True, kw_only=True, tag="kill"):
-    """To the group: end this epoch, begin the next. ``planned``: an operator's restart, without back-off."""
+    """To the group: end this epoch, begin the next. ``planned``: an operator's restart, without back-off; what was set
+    aside for its failures is tried again."""
 
     number: Number
     epoch: Number

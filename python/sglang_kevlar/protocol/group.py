@@ -63,7 +63,8 @@ class GroupReport(msgspec.Struct, frozen=True, kw_only=True, tag="report"):
 class KillGroup(msgspec.Struct, frozen=True, kw_only=True, tag="kill"):
     """Frontend to supervisor: this epoch is fenced. Kill it and start the next one.
 
-    Ignored when ``epoch`` is not the current one. ``planned`` skips the back-off (drain, restart by operator).
+    Ignored when ``epoch`` is not the current one. ``planned`` (drain, restart by operator)
+    skips the back-off, and what was set aside for its failures is tried again.
     """
 
     group: int

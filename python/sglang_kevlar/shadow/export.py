@@ -126,8 +126,9 @@ class Exporter:
         self._counters = counters
         #: names the weights; empty while they change
         self.content = ""
-        #: since the last copies of what runs, which were not of everything that was missing
+        #: decode passes since the last copies of all that runs
         self._decode_steps = 0
+        #: something that runs had no room
         self._short_of_room = False
         #: no copies before, monotonic seconds
         self._not_before = 0.0
@@ -170,10 +171,10 @@ class Exporter:
                 behind = self._short_of_room and self._room() >= self._least_room()
                 if behind or self._decode_steps >= DECODE_INTERVAL:
                     self._decode_steps = 0
-                    self._export(self._decoded(batch), link)
+                    self._short_of_room = self._export(self._decoded(batch), link)
                     self._catch_up(link)
             elif batch.forward_mode.is_extend():
-                self._export(self._extended(batch), link)
+                self._short_of_room |= self._export(self._extended(batch), link)
         self._counters.scheduler_cpu_s += time.thread_time() - started
 
     def after_result(self, batch: ScheduleBatch) -> None:
@@ -209,7 +210,8 @@ class Exporter:
             if not (req.finished() or req.is_retracted)
         ]
 
-    def _export(self, valid: list[tuple[Req, int]], link: ShadowLink) -> None:
+    def _export(self, valid: list[tuple[Req, int]], link: ShadowLink) -> bool:
+        """Whether something is left over."""
         wanted = []
         lag = 0
         for req, tokens in valid:
@@ -237,12 +239,12 @@ class Exporter:
             # The longest would cost most to compute again.
             wanted.sort(key=lambda item: item[0], reverse=True)
             room = self._room()
-            copies = []
+            copies, new, left, saved = [], [], lag, 0
             for blocks, missing, req, sequence in wanted:
                 # What a request before it in this batch shares with it is on its way.
                 first = link.missing(sequence.chain.keys[:blocks], missing)
-                self._counters.saved_tokens += (first - missing) * self._block
-                lag -= (first - missing) * self._block
+                saved += (first - missing) * self._block
+                left -= (first - missing) * self._block
                 sequence.sent = first
                 if first == blocks:
                     continue
@@ -250,14 +252,21 @@ class Exporter:
                 if last == first:
                     break
                 room -= last - first
-                lag -= (last - first) * self._block
+                left -= (last - first) * self._block
                 begin, end = first * self._block, last * self._block
                 slots = self._req_to_token[req.kv.req_pool_idx, begin:end]
                 copies.append(_Copy(sequence, first, last, slots, _tokens(req, begin, end), sequence.rid))
-                link.known.update(sequence.chain.keys[first:last])
-            self._copy(copies, link)
-        self._short_of_room = lag > 0
+                new += [key for key in sequence.chain.keys[first:last] if key not in link.known]
+                link.known.update(new)
+            if self._copy(copies, link):
+                lag = left
+                self._counters.saved_tokens += saved
+            else:
+                link.known.difference_update(new)
+                for _, missing, _, sequence in wanted:
+                    sequence.sent = missing
         self._counters.lag_tokens = lag + self._sender.waiting_tokens
+        return lag > 0
 
     def _room(self) -> int:
         """Blocks that may be copied now."""
@@ -269,8 +278,6 @@ class Exporter:
             return True
         staged = self._rows.read(torch.cat([copy.slots for copy in copies]))
         if staged is None:
-            for copy in copies:
-                link.known.difference_update(copy.sequence.chain.keys[copy.first : copy.last])
             self._not_before = time.monotonic() + NO_MEMORY_PAUSE
             return False
         limit = self._sender.piece_blocks

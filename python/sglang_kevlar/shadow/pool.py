@@ -57,7 +57,7 @@ class PoolRows:
             if pool.kv_cache_layout != "nhd":
                 raise ValueError(f"the KV layout {pool.kv_cache_layout!r} is not supported")
             if pool.is_quantized_kv_cache:
-                raise ValueError(f"KV that is quantised ({pool.quant_method.name}) has scales, which would be lost")
+                raise ValueError(f"KV that is quantised ({pool.quant_method.name}) is not supported")
             self._buffers: list[torch.Tensor] = [*pool.k_buffer, *pool.v_buffer]
         elif type(pool) is MLATokenToKVPool:
             self._buffers = list(pool.kv_buffer)

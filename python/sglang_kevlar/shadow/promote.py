@@ -17,7 +17,7 @@ from sglang_kevlar.shadow.store import ShadowStore
 from sglang_kevlar.upstream.differences import matched_slots
 
 #: bytes written to the pool in one go
-WRITE_BYTES = 64 << 20
+WRITE_BYTES = 16 << 20
 #: share of an active group's pool that stays free for its own requests when KV is promoted ahead
 RESERVE = 0.5
 

@@ -30,7 +30,8 @@ logger = logging.getLogger(__name__)
 BY_ITSELF = 0.1
 #: What torch does by itself when NCCL tells it that a peer is gone: its watchdog sleeps for a minute, for others to
 #: write down what they were at, with the lock that every collective takes, and then ends the process. With that lock it
-#: also prints where each collective was called; and to look for ranks out of step undoes the first of these.
+#: also prints where each collective was called, for which it keeps traces. And looking for ranks that are out of step
+#: (DESYNC_DEBUG) would have it handle errors again, whatever the first of these says.
 _NOT_BY_TORCH = {
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
@@ -40,8 +41,8 @@ _NOT_BY_TORCH = {
     "TORCH_FR_BUFFER_SIZE": "0",
     "TORCH_NCCL_TRACE_BUFFER_SIZE": "0",
 }
-#: a logit in place of one that is no number; in half precision, too
-_UNLIKELY = -1e4
+#: a logit in place of one that is no number; what is larger overflows when it is divided by a temperature
+_UNLIKELY, _CERTAIN = -1e30, 1e30
 
 
 def prepare() -> None:
@@ -62,7 +63,7 @@ def prepare() -> None:
     def of_numbers(sampler: Sampler, logits: torch.Tensor, sampling: Any) -> torch.Tensor:
         # Tokens that a grammar or a client has ruled out stay so.
         logits = preprocess(sampler, logits, sampling)
-        return logits.nan_to_num_(nan=_UNLIKELY, posinf=-_UNLIKELY, neginf=float("-inf"))
+        return logits.nan_to_num_(nan=_UNLIKELY, posinf=_CERTAIN, neginf=float("-inf")).clamp_(max=_CERTAIN)
 
     Sampler._sync_token_ids_across_tp = agree_on_tokens
     Sampler._preprocess_logits = of_numbers

@@ -182,6 +182,9 @@ def _why_not_on_device(args: Any) -> dict[str, bool]:
         "TORCH_DISTRIBUTED_DEBUG=DETAIL has torch end a process whose peer is gone": (
             os.environ.get("TORCH_DISTRIBUTED_DEBUG", "").upper() == "DETAIL"
         ),
+        "SGLANG_PP_SKIP_PURE_CHUNKED_OUTPUT_COMM hides when a pass has ended": (
+            envs.SGLANG_PP_SKIP_PURE_CHUNKED_OUTPUT_COMM.get()
+        ),
         "--enable-tp-lm-head-all-to-all": args.enable_tp_lm_head_all_to_all,
         "SGLANG_ENABLE_PCIE_IPC_ALLREDUCE": envs.SGLANG_ENABLE_PCIE_IPC_ALLREDUCE.get(),
     }

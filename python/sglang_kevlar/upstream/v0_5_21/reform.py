@@ -47,7 +47,12 @@ SEAMS: tuple[Seam, ...] = (
         "load_format disable_custom_all_reduce flashinfer_allreduce_fusion_backend enable_mscclpp "
         "enable_torch_symm_mem enable_symm_mem pre_warm_nccl enable_tp_lm_head_all_to_all cuda_graph_config",
     ),
-    seam("srt.environ:Envs", RANK, fields="SGLANG_ENABLE_PCIE_IPC_ALLREDUCE SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"),
+    seam(
+        "srt.environ:Envs",
+        RANK,
+        fields="SGLANG_ENABLE_PCIE_IPC_ALLREDUCE SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK "
+        "SGLANG_PP_SKIP_PURE_CHUNKED_OUTPUT_COMM",
+    ),
     seam(
         "srt.managers.scheduler_components.ipc_channels:SchedulerIpcChannels",
         RANK,
