@@ -45,7 +45,7 @@ class Copied:
         self._rows = rows
 
     def wait(self) -> list[np.ndarray]:
-        return [self._rows[:, :ROW], self._rows[:, ROW:]]
+        return [np.stack([self._rows[:, :ROW], self._rows[:, ROW:]])]
 
 
 class Pool:
