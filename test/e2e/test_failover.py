@@ -220,9 +220,8 @@ def test_one_group_after_the_other_and_one_that_is_starting(server: Server) -> N
         server.kill(first)
         # The record of a failover is complete once all its requests have gone on.
         server.wait(lambda s: len(s["failovers"]) > failovers and s["groups"][second]["running"] == 4, "move", 30)
-        time.sleep(1)
-        server.kill(second)
         starting = server.wait(lambda s: s["groups"][first]["pids"]["ranks"], "first group starting", 60)
+        server.kill(second)
         os.kill(starting["groups"][first]["pids"]["ranks"][0], signal.SIGKILL)
         answers = [one.result() for one in running]
     assert [expected.difference(answer) for answer in answers] == [None] * 4
