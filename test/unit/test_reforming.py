@@ -327,7 +327,8 @@ def test_a_reform_that_fails_is_followed_by_a_whole_start(group: Group) -> None:
     assert not set(pids(third).values()) & set(pids(first).values())
 
 
-def test_after_two_failed_reforms_a_group_starts_whole_and_says_for_how_long(group: Group) -> None:
+def two_failed_reforms(group: Group) -> GroupReport:
+    """From its start on; the group as it serves behind them."""
     group.behave("rank1.load", "if os.path.exists(f'{run_dir}/bad'): os.unlink(f'{run_dir}/bad'); os._exit(7)")
     group.start()
     report = group.ready()
@@ -335,7 +336,12 @@ def test_after_two_failed_reforms_a_group_starts_whole_and_says_for_how_long(gro
         (group.run_dir / "bad").touch()
         os.kill(pid_of(report, "rank1"), signal.SIGKILL)
         report = group.ready(after=report.epoch + 1)
-        assert report.formed == "warm"  # for which that is no fault, either
+    return report
+
+
+def test_after_two_failed_reforms_a_group_starts_whole_and_says_for_how_long(group: Group) -> None:
+    report = two_failed_reforms(group)
+    assert report.formed == "warm"  # for which they are no fault, either
     os.kill(pid_of(report, "rank1"), signal.SIGKILL)
     last = group.ready(after=report.epoch)
     assert not set(pids(last).values()) & set(pids(report).values())
@@ -351,13 +357,7 @@ def test_after_two_failed_reforms_a_group_starts_whole_and_says_for_how_long(gro
 def test_an_operators_restart_has_reforms_tried_again(group: Group) -> None:
     group.configure(reform="auto", spare_ranks=1)
     group.behave("rank0.load", "open(f'{run_dir}/loaded', 'a').write(f'{os.getpid()}\\n')")
-    group.behave("rank1.load", "if os.path.exists(f'{run_dir}/bad'): os.unlink(f'{run_dir}/bad'); os._exit(7)")
-    group.start()
-    report = group.ready()
-    for _ in range(2):
-        (group.run_dir / "bad").touch()
-        os.kill(pid_of(report, "rank1"), signal.SIGKILL)
-        report = group.ready(after=report.epoch + 1)
+    report = two_failed_reforms(group)
     group.kill_group(report.epoch, planned=True)
     restarted = group.ready(after=report.epoch)
 
