@@ -401,8 +401,9 @@ class Course(ABC, Generic[M]):
         self._reforming.ended(served_for, by_itself, now)
         if planned:
             # Mostly by an operator, who may have put right what failed.
-            self._spare_at, aside = now, [self._reforming.forget(now), self._warmth.forget()]
+            aside = [self._reforming.forget(now), self._warmth.forget()]
             news = ["what was set aside is tried again"] if any(aside) else []
+            self._spare_at = now
         else:
             # Spares are none while re-forms are set aside.
             self._spare_at = max(self._spare_at, self._reforming.rests_until)

@@ -256,8 +256,9 @@ class Exporter:
                 begin, end = first * self._block, last * self._block
                 slots = self._req_to_token[req.kv.req_pool_idx, begin:end]
                 copies.append(_Copy(sequence, first, last, slots, _tokens(req, begin, end), sequence.rid))
-                new += [key for key in sequence.chain.keys[first:last] if key not in link.known]
-                link.known.update(new)
+                keys = [key for key in sequence.chain.keys[first:last] if key not in link.known]
+                link.known.update(keys)
+                new += keys
             if self._copy(copies, link):
                 lag = left
                 self._counters.saved_tokens += saved
