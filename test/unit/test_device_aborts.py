@@ -142,7 +142,8 @@ class Left(BaseException):
 
 
 def stuck_or_not(stuck: bool, pipe: Any) -> None:
-    """A loop inside a call that no signal ends, as a CUDA call is, or one that hears signals."""
+    """A loop inside a call that no signal ends, as a CUDA call is, or one that hears signals. It cannot be freed at
+    first."""
     device_aborts.BY_ITSELF = 1.0  # a busy machine is not to be taken for a loop that does not hear
     libc = ctypes.CDLL(None)
     mutex = ctypes.create_string_buffer(64)
@@ -157,6 +158,9 @@ def stuck_or_not(stuck: bool, pipe: Any) -> None:
 
     def give_up() -> None:
         given_up.append("device")
+        if len(given_up) == 1:
+            pipe.send("failed")
+            raise RuntimeError("not yet")
         libc.pthread_mutex_unlock(mutex)
 
     signal.signal(LEAVE, leave)
@@ -187,8 +191,11 @@ def test_a_loop_that_does_not_hear_is_freed_and_only_that(stuck: bool) -> None:
         assert ours.poll(30) and ours.recv() == "in"
         time.sleep(0.1)
         os.kill(process.pid, LEAVE)
+        if stuck:
+            assert ours.poll(30) and ours.recv() == "failed"
+            os.kill(process.pid, LEAVE)  # as the supervisor does, until it has left
         assert ours.poll(30)
-        assert ours.recv() == (["device"] if stuck else [])
+        assert ours.recv() == (["device"] * 2 if stuck else [])
     finally:
         process.kill()
         process.join()

@@ -55,6 +55,17 @@ def test_what_waits_for_a_dead_rank_past_nccl_has_to_be_off(field: str, value: A
     assert reasons(on_a_device(**{field: value}, tp_size=1)) == []  # there is nobody to wait for
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("TORCH_DISTRIBUTED_DEBUG", "DETAIL"), ("SGLANG_PP_SKIP_PURE_CHUNKED_OUTPUT_COMM", "1")]
+)
+def test_settings_with_which_a_rank_cannot_leave_are_named(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    (reason,) = reasons(on_a_device())
+    assert name in reason
+
+
 def test_graphs_that_stay_in_the_model_are_refused_of_a_single_rank_too() -> None:
     graphs = SimpleNamespace(prefill=SimpleNamespace(backend="tc_piecewise"), decode=SimpleNamespace(backend="full"))
     (reason,) = reasons(on_a_device(cuda_graph_config=graphs, tp_size=1))

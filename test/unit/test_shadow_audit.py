@@ -142,3 +142,17 @@ def test_what_another_request_had_promoted_is_not_compared_with_itself(world: Wo
     world.expect()
     world.prefill(32, 1)
     assert world.found == (3, 0) and world.auditor.choose(1.0)
+
+
+def test_without_memory_for_a_copy_nothing_is_compared_and_the_next_may_be(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert world.auditor.choose(1.0) and not world.auditor.choose(1.0)
+    world.expect()
+    with monkeypatch.context() as without:
+        without.setattr(world.rows, "read", lambda _: None)
+        world.prefill(0, 32)
+    assert world.found == (0, 0) and world.auditor.choose(1.0)
+    world.expect()
+    world.prefill(0, 32)
+    assert world.found == (6, 0)

@@ -17,6 +17,7 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool 
 
 from sglang_kevlar.control.shadow_keys import block_tokens  # noqa: E402
 from sglang_kevlar.shadow.pool import PoolRows, pack  # noqa: E402
+from sglang_kevlar.shadow.rank import _stream_of_passes  # noqa: E402
 
 SIZE = 128
 LAYERS = 3
@@ -175,3 +176,14 @@ def test_want_of_memory_for_a_copy_is_no_error_and_all_else_is(monkeypatch):
     fails(RuntimeError("CUDA error: an illegal memory access was encountered"))
     with pytest.raises(RuntimeError, match="illegal memory access"):
         rows.read(slots)
+
+
+@pytest.mark.parametrize(
+    ("device", "overlap", "stages", "stream"),
+    [("cpu", True, 1, None), ("cuda", True, 1, "own"), ("cuda", False, 1, "scheduler's"), ("cuda", False, 2, "own")],
+)
+def test_copies_are_in_the_stream_of_the_passes(device, overlap, stages, stream):
+    scheduler = SimpleNamespace(
+        device=device, enable_overlap=overlap, forward_stream="own", schedule_stream="scheduler's"
+    )
+    assert _stream_of_passes(scheduler, stages) == stream
